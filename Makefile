@@ -1,0 +1,49 @@
+# `make run` and `make test` need Python 3.10 or newer and nothing else; `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+HOST ?= 127.0.0.1
+PORT ?= 8080
+CONFIG ?= config/lmcache.yaml
+BIN := $(VENV)/bin
+SOURCES := src tests tools benchmarks hatch_build.py
+.DEFAULT_GOAL := help
+.PHONY: help run test test-lmcache lint format bench wheel clean
+
+help:  ## show this
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(VENV)/.run  ## start a local cluster and its dashboard (PORT=8080 WORKERS=2 HOST=127.0.0.1); Ctrl-C stops it
+	@$(BIN)/python tools/local_cluster.py --config $(CONFIG) --workers $(WORKERS) --host $(HOST) --port $(PORT)
+
+test: $(VENV)/.test  ## run all tests but those that need a real LMCache (ARGS="-k proxy")
+	@tools/ensure_chromium.sh
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-lmcache: $(VENV)/.test  ## install the real LMCache beside the project (cached) and test against it
+	@LMCACHE_PYTHON=$$(tools/install_lmcache.sh $(PYTHON)) && export LMCACHE_PYTHON && $(BIN)/python -m pytest -m lmcache $(ARGS)
+
+lint: $(VENV)/.lint  ## check format, lint, types and layers
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/mypy
+	@$(BIN)/mypy tools benchmarks
+	@$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.lint  ## format the code
+	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/ruff check --fix $(SOURCES)
+
+bench: $(VENV)/.bench  ## measure beside FastAPI and uvicorn
+	@$(BIN)/python benchmarks/in_process.py
+
+wheel: $(VENV)/.run  ## build the wheel into dist/
+	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build dist src/lmcache_frontend/pages/static/vendor .*_cache
+
+# The environment, once per set of dependencies; an interrupted installation is done again.
+$(VENV)/.run $(VENV)/.test $(VENV)/.lint $(VENV)/.bench: pyproject.toml hatch_build.py assets/package-lock.json
+	@tools/make_venv.sh $(PYTHON) $(VENV) $(patsubst .%,%,$(notdir $@))
+	@touch $@

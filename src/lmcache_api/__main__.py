@@ -1,0 +1,97 @@
+"""`python -m lmcache_api`: the internal API servers of one deployment, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lmcache_api.embedded import EmbeddedComponent
+from lmcache_api.server import ComponentServer
+from lmcache_shared import config, program
+from lmcache_shared.errors import ConfigError
+from lmcache_shared.placement import MAX_WORKERS, SCHEDULER_INDEX, serves
+from lmcache_shared.settings import Settings
+
+PROGRAM = "lmcache-api"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Serve the internal API of an LMCache scheduler and its workers, on ports or Unix sockets.",
+        epilog="Settings come from the file, then the environment (LMCACHE_<KEY>), then the command line.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="lmcache.yaml; default: what LMCACHE_CONFIG_FILE names")
+    parser.add_argument(
+        "--role", choices=("all", "scheduler", "worker"), default="all", help="what to serve (default: %(default)s)"
+    )
+    parser.add_argument("--workers", metavar="N", type=int, default=1, help="number of workers (default: %(default)s)")
+    parser.add_argument("--worker-id", metavar="I", type=int, help="serve this worker alone, with --role worker")
+    parser.add_argument("--host", metavar="H", help="the host to listen on; the setting internal_api_server_host")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="set one setting; may be repeated"
+    )
+    parser.add_argument("--log-level", choices=tuple(program.LOG_LEVELS), default="info", help="default: %(default)s")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    program.configure_logging(options.log_level)
+    return program.run(PROGRAM, lambda: serve(options))
+
+
+async def serve(options: argparse.Namespace) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        StartError: an option, a setting or an address cannot be used; nothing is left behind.
+    """
+    host = [f"internal_api_server_host={options.host}"] if options.host else []
+    settings = config.load(options.config, overrides=[*options.set, *host])
+    wanted = _indexes(options)
+    if "internal_api_server_enabled" not in settings.given:
+        settings = replace(settings, internal_api_server_enabled=True)  # run by hand, it is wanted
+    indexes = [index for index in wanted if serves(settings, index)]
+    if not settings.internal_api_server_enabled or not indexes:
+        print(_why_off(settings, wanted))
+        return
+    async with contextlib.AsyncExitStack() as stack:
+        for index in indexes:
+            component = EmbeddedComponent(settings, index, world_size=options.workers)
+            stack.enter_context(component)
+            server = await stack.enter_async_context(ComponentServer(component))
+            print(f"{server.placement.name} ({component.role}) serves on {server.placement.address}", flush=True)
+        await program.until_stopped()
+        print("stopping", flush=True)
+
+
+def _indexes(options: argparse.Namespace) -> list[int]:
+    """The indexes of the components that the command line asks for."""
+    if not 0 <= options.workers <= MAX_WORKERS:
+        raise ConfigError(f"--workers {options.workers}: expected 0 to {MAX_WORKERS}")
+    if options.worker_id is not None:
+        if options.role != "worker":
+            raise ConfigError(f"--worker-id {options.worker_id}: goes with --role worker")
+        if not 0 <= options.worker_id < MAX_WORKERS:
+            raise ConfigError(f"--worker-id {options.worker_id}: expected 0 to {MAX_WORKERS - 1}")
+        return [1 + options.worker_id]
+    workers = [1 + worker for worker in range(options.workers)]
+    return {"scheduler": [SCHEDULER_INDEX], "worker": workers, "all": [SCHEDULER_INDEX, *workers]}[options.role]
+
+
+def _why_off(settings: Settings, wanted: Sequence[int]) -> str:
+    if not settings.internal_api_server_enabled:
+        return "internal API is off: internal_api_server_enabled is false in the settings; nothing to serve"
+    included = settings.internal_api_server_include_index_list
+    return (
+        f"internal API is off: internal_api_server_include_index_list {included} has none of the indexes"
+        f" {list(wanted)} that were asked for; nothing to serve"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

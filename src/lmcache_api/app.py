@@ -1,0 +1,68 @@
+"""The application that serves one component: its endpoints found by themselves, its refusals in one shape."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TypeVar
+
+from aiohttp import web
+
+from lmcache_api.component import Category, Component
+from lmcache_shared import routes
+from lmcache_shared.blocking import BlockingPool
+from lmcache_shared.errors import refusals
+
+T = TypeVar("T")
+
+COMPONENT: web.AppKey[Component] = web.AppKey("component", Component)
+POOL: web.AppKey[BlockingPool] = web.AppKey("pool", BlockingPool)
+
+CATEGORIES: tuple[Category, ...] = ("common", "vllm")
+ENTRY_POINTS = "lmcache_api.routes"
+"""Installed packages declare modules with routes under this entry point."""
+
+MAX_BODY_BYTES = 1 << 20
+"""Largest body that a handler may read whole."""
+
+
+def create_app(component: Component, categories: Sequence[Category] | None = None) -> web.Application:
+    """The application for `component`.
+
+    Args:
+        component: what the handlers ask.
+        categories: the folders of endpoints to serve, all when `None`; route folders of the settings and
+            installed packages are served in any case.
+
+    Raises:
+        RouteError: a route module is broken, or two claim one route.
+    """
+    app = web.Application(middlewares=[refusals], client_max_size=MAX_BODY_BYTES)
+    app[COMPONENT] = component
+    app[POOL] = BlockingPool(f"lmcache-api-{component.index}")
+    app.cleanup_ctx.append(_close_pool)
+    packages = [f"lmcache_api.{category}" for category in (CATEGORIES if categories is None else categories)]
+    folders = component.settings.internal_api_server_route_folders or []
+    routes.add_routes(
+        app,
+        [
+            *routes.from_packages(packages, "_api"),
+            *routes.from_entry_points(ENTRY_POINTS),
+            *routes.from_folders(folders, "_api"),
+        ],
+    )
+    return app
+
+
+async def call(request: web.Request, function: Callable[[], T], what: str) -> T:
+    """Make a call that may take time, off the event loop and under the settings' deadline.
+
+    Raises:
+        Refusal: 503 when too many calls wait, 504 past the deadline; the text names `what`.
+    """
+    seconds = request.app[COMPONENT].settings.internal_api_server_call_seconds
+    return await request.app[POOL].run(function, seconds=seconds, what=what)
+
+
+async def _close_pool(app: web.Application) -> AsyncIterator[None]:
+    yield
+    app[POOL].close()

@@ -1,0 +1,19 @@
+"""`GET /env`: the environment of the process, secrets masked."""
+
+import json
+import os
+
+from aiohttp import web
+
+from lmcache_api.app import COMPONENT
+from lmcache_shared import secrets
+from lmcache_shared.responses import text_response
+
+router = web.RouteTableDef()
+
+
+@router.get("/env")
+async def env(request: web.Request) -> web.Response:
+    """A JSON object of the environment, sorted, as plain text; what looks like a secret is `***`."""
+    extra_names = request.app[COMPONENT].settings.internal_api_server_env_mask or []
+    return text_response(json.dumps(secrets.masked(os.environ, extra_names), indent=2, sort_keys=True))

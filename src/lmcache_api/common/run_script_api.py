@@ -1,0 +1,206 @@
+"""`POST /run_script`: run the caller's Python in this process. Off unless the operator turns it on.
+
+As with LMCache the short list of builtins keeps scripts honest, not hostile code out: whoever may call this may do
+whatever the process may.
+"""
+
+import asyncio
+import concurrent.futures
+import ctypes
+import importlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from aiohttp import BodyPartReader, web
+
+from lmcache_api.app import COMPONENT
+from lmcache_shared.responses import text_response
+
+logger = logging.getLogger(__name__)
+router = web.RouteTableDef()
+
+DISABLED = (
+    "The /run_script API is disabled. It executes caller-supplied code in-process, so it is off by default; enable it"
+    " explicitly with run_script_api_enabled (LMCACHE_RUN_SCRIPT_API_ENABLED=true, or --run-script-api-enabled on the"
+    " standalone server) and only on a trusted network."
+)
+"""LMCache's words."""
+
+MAX_PARTS = 16
+"""Parts of a form that are looked through for the script."""
+
+MAX_RESULT_CHARACTERS = 8 << 20
+"""Longest result that is answered."""
+
+STOP_SECONDS = 0.5
+"""How long a script that is past its deadline has to end when it is told to."""
+
+BUILTINS: dict[str, Any] = {
+    function.__name__: function
+    for function in (
+        abs, all, any, bool, dict, enumerate, float, getattr, hasattr, int, isinstance, len, list, max, min, print,
+        range, repr, round, set, sorted, str, sum, tuple, type, zip, Exception, KeyError, ValueError,
+    )
+}  # fmt: skip
+"""What a script finds without an import: LMCache's eight names, and those that a script of ten lines misses first."""
+
+
+class _Deadline(BaseException):
+    """Raised inside a script that has run too long."""
+
+
+class ScriptRunner:
+    """Runs one script at a time, each in a thread of its own: one can be told to stop, and holds no other call up."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    async def run(self, source: bytes, app: object, allowed: Sequence[str], seconds: float) -> str:
+        """What the script answers.
+
+        Raises:
+            TimeoutError: it ran longer than `seconds`; the text says whether it has stopped since.
+            ScriptFailed: it raised.
+        """
+        outcome: concurrent.futures.Future[str] = concurrent.futures.Future()
+        self._thread = threading.Thread(
+            target=_work, args=(outcome, source, app, allowed), name="run-script", daemon=True
+        )
+        self._thread.start()
+        waiting = asyncio.wrap_future(outcome)
+        done, _ = await asyncio.wait({waiting}, timeout=seconds)
+        if done:
+            return waiting.result()
+        self.stop()
+        done, _ = await asyncio.wait({waiting}, timeout=STOP_SECONDS)
+        if done:
+            waiting.exception()
+        raise TimeoutError("it was stopped" if done else "it is in a call that cannot be stopped and goes on")
+
+    def stop(self) -> None:
+        """Tell a script that still runs to stop.
+
+        CPython raises the exception at the thread's next bytecode: a loop ends; a call into C (a sleep, a lock) goes
+        on.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            thread_id = ctypes.c_ulong(self._thread.ident or 0)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, ctypes.py_object(_Deadline))
+
+
+class ScriptFailed(Exception):
+    """A script raised; the text is its error's."""
+
+
+RUNNER: web.AppKey[ScriptRunner] = web.AppKey("script runner", ScriptRunner)
+
+
+def setup(app: web.Application) -> None:
+    async def lifetime(app: web.Application) -> AsyncIterator[None]:
+        yield
+        app[RUNNER].stop()
+
+    app[RUNNER] = ScriptRunner()
+    app.cleanup_ctx.append(lifetime)
+
+
+@router.post("/run_script")
+async def run_script(request: web.Request) -> web.Response:
+    """Run the file `script` of a multipart form with `app` in reach; answer `str(result)`."""
+    component = request.app[COMPONENT]
+    settings = component.settings
+    if not settings.run_script_api_enabled:
+        return text_response(DISABLED, status=404)
+    try:
+        source = await _read_script(request, settings.run_script_max_bytes)
+    except _TooLarge as error:
+        return text_response(str(error), status=413)
+    except (ValueError, RuntimeError, AssertionError) as error:  # what aiohttp raises on a malformed form
+        return text_response(f"The form cannot be read: {error}", status=400)
+    if source is None:
+        return text_response("No script file provided", status=400)
+    runner = request.app[RUNNER]
+    if runner.busy:
+        return text_response("Another script is still running; try again when it has ended", status=409)
+    app = SimpleNamespace(state=SimpleNamespace(lmcache_adapter=component.script_adapter))
+    seconds = settings.run_script_seconds
+    try:
+        return text_response(await runner.run(source, app, settings.script_allowed_imports or (), seconds))
+    except ScriptFailed as error:
+        return text_response(f"Error executing script: {error}", status=500)
+    except TimeoutError as error:
+        message = f"Error executing script: not done within {seconds:g} seconds (run_script_seconds); {error}"
+        return text_response(message, status=504)
+
+
+class _TooLarge(Exception):
+    pass
+
+
+async def _read_script(request: web.Request, max_bytes: int) -> bytes | None:
+    """The bytes of the form's file `script`; `None` when there is none."""
+    if request.content_type != "multipart/form-data":
+        return None
+    reader = await request.multipart()
+    for _ in range(MAX_PARTS):
+        part = await reader.next()
+        if part is None:
+            return None
+        if isinstance(part, BodyPartReader) and part.name == "script" and part.filename is not None:
+            return await _read_part(part, max_bytes)
+        if isinstance(part, BodyPartReader):
+            await _read_part(part, max_bytes)
+    raise ValueError(f"more than {MAX_PARTS} parts and no file named script among them")
+
+
+async def _read_part(part: BodyPartReader, max_bytes: int) -> bytes:
+    data = bytearray()
+    while chunk := await part.read_chunk():
+        data += chunk
+        if len(data) > max_bytes:
+            raise _TooLarge(f"The part {part.name!r} is larger than {max_bytes} bytes (run_script_max_bytes)")
+    return bytes(part.decode(bytes(data)))
+
+
+def _work(outcome: "concurrent.futures.Future[str]", source: bytes, app: object, allowed: Sequence[str]) -> None:
+    try:
+        answer = _execute(source, app, allowed)
+    except BaseException as error:
+        logger.info("a script of /run_script failed: %r", error)
+        outcome.set_exception(ScriptFailed(str(error) or type(error).__name__))
+    else:
+        outcome.set_result(answer)
+
+
+def _execute(source: bytes, app: object, allowed: Sequence[str]) -> str:
+    modules = _import_allowed(allowed)
+
+    def allowed_import(name: str, *_: object, **__: object) -> ModuleType:
+        if name not in modules:
+            listed = ", ".join(sorted(modules)) or "none"
+            raise ImportError(f"Import of '{name}' is not allowed (script_allowed_imports: {listed})")
+        return modules[name]
+
+    scope: dict[str, Any] = {"__builtins__": {**BUILTINS, "__import__": allowed_import}, "app": app}
+    exec(compile(source, "<script>", "exec"), scope)  # noqa: S102 - it is what the endpoint is for
+    answer = str(scope.get("result", "Script executed successfully"))
+    if len(answer) > MAX_RESULT_CHARACTERS:
+        raise ValueError(f"its result has {len(answer)} characters; at most {MAX_RESULT_CHARACTERS} are answered")
+    return answer
+
+
+def _import_allowed(names: Sequence[str]) -> dict[str, ModuleType]:
+    modules = {}
+    for name in names:
+        try:
+            modules[name] = importlib.import_module(name)
+        except ImportError as error:
+            logger.warning("script_allowed_imports: cannot import %s: %s", name, error)
+    return modules

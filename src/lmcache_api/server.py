@@ -1,0 +1,183 @@
+"""The internal API server of one component: which address it has, how it starts and how it stops.
+
+`ComponentServer` lives in the caller's event loop. `InternalAPIServer` runs one in a thread of its own, inside a host
+process that may know nothing of asyncio: the place of LMCache's class of that name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from types import TracebackType
+
+import uvloop
+from aiohttp import web
+
+from lmcache_api.app import create_app
+from lmcache_api.component import Component
+from lmcache_shared.errors import OpsError
+from lmcache_shared.listen import make_site
+from lmcache_shared.placement import place, serves
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 15.0
+"""How long `InternalAPIServer.start` waits for its thread to listen."""
+
+STOP_SECONDS_BEYOND_DRAIN = 2.0
+
+
+class ComponentServer:
+    """Serves one component on the address its settings give it, in the event loop that starts it.
+
+        async with ComponentServer(component) as server:
+            print(server.placement.address)
+
+    Raises:
+        ConfigError: the settings give the component no usable address.
+        RouteError: a route module is broken, or two claim one route.
+    """
+
+    def __init__(self, component: Component) -> None:
+        self.component = component
+        self.placement = place(component.settings, component.index)
+        settings = component.settings
+        self._runner = web.AppRunner(
+            create_app(component),
+            access_log=logger if settings.internal_api_server_access_log else None,
+            shutdown_timeout=settings.internal_api_server_drain_seconds,
+            handler_cancellation=True,
+        )
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            AddressInUse: somebody serves there already.
+            AddressError: the address cannot be listened on.
+        """
+        await self._runner.setup()
+        mode = self.component.settings.internal_api_server_socket_mode
+        try:
+            await make_site(self._runner, self.placement.address, socket_mode=mode).start()
+        except BaseException:
+            await self._runner.cleanup()
+            raise
+
+    async def stop(self) -> None:
+        """Take no more connections, remove the socket, let requests in flight end within the drain time."""
+        await self._runner.cleanup()
+
+    async def __aenter__(self) -> ComponentServer:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+
+class InternalAPIServer:
+    """The server in a thread of its own, with the constructor and methods of LMCache's class of that name.
+
+    Nothing that goes wrong here takes the host process down: what cannot be served is logged in one line and kept
+    in `failure`, and the engine goes on without its API, as with LMCache's own.
+
+    Args:
+        lmcache_manager: an object with the attributes of LMCache's manager, or a `Component`.
+
+    Attributes:
+        enable: whether the settings let this component serve.
+        failure: why it does not serve although it should, or `None`.
+    """
+
+    def __init__(self, lmcache_manager: object) -> None:
+        self.enable = False
+        self.failure: OpsError | None = None
+        self._manager = lmcache_manager
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._server: ComponentServer | None = None
+        try:
+            component = _component(lmcache_manager)
+            settings = component.settings
+            self.enable = settings.internal_api_server_enabled and serves(settings, component.index)
+            if self.enable:
+                self._server = ComponentServer(component)
+            else:
+                logger.info(
+                    "internal API of %s (index %d) is off: internal_api_server_enabled=%s, include list %s",
+                    component.role,
+                    component.index,
+                    settings.internal_api_server_enabled,
+                    settings.internal_api_server_include_index_list,
+                )
+        except OpsError as error:
+            self._fail(error)
+
+    @property
+    def address(self) -> str | None:
+        """Where it serves, or would: `host:port` or a socket's path."""
+        return str(self._server.placement.address) if self._server else None
+
+    def start(self) -> None:
+        """Serve from a thread named `api-server-thread`; returns when it listens or has failed."""
+        if self._server is None or self._thread is not None:
+            return
+        ready = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(self._server, ready), name="api-server-thread", daemon=True
+        )
+        self._thread.start()
+        if not ready.wait(START_SECONDS):
+            logger.error("internal API on %s: not listening after %g seconds", self.address, START_SECONDS)
+
+    def stop(self) -> None:
+        """Stop serving; returns when the socket is gone and requests in flight have ended, within the drain time."""
+        thread, loop, stop = self._thread, self._loop, self._stop
+        if thread is None or self._server is None:
+            return
+        if loop is not None and stop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed already
+                loop.call_soon_threadsafe(stop.set)
+        drain = self._server.component.settings.internal_api_server_drain_seconds
+        thread.join(drain + STOP_SECONDS_BEYOND_DRAIN)
+        if thread.is_alive():
+            logger.warning("internal API on %s: a request did not end in time; its thread is left", self.address)
+        self._thread = None
+
+    def _run(self, server: ComponentServer, ready: threading.Event) -> None:
+        loop = uvloop.new_event_loop()
+        try:
+            loop.run_until_complete(self._serve(server, ready))
+        finally:
+            ready.set()
+            loop.close()
+
+    async def _serve(self, server: ComponentServer, ready: threading.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        try:
+            async with server:
+                logger.info("internal API of %s serves on %s", server.placement.name, self.address)
+                ready.set()
+                await self._stop.wait()
+        except OpsError as error:
+            self._fail(error)
+
+    def _fail(self, error: OpsError) -> None:
+        self.failure = error
+        logger.error("internal API does not serve: %s", error)
+
+
+def _component(manager: object) -> Component:
+    """A component is taken as it is; anything else is looked at as LMCache's manager."""
+    if hasattr(manager, "periodic_threads") and hasattr(manager, "metrics"):
+        return manager  # type: ignore[return-value]
+    from lmcache_api.bridge.manager import ManagerComponent
+
+    return ManagerComponent(manager)

@@ -1,0 +1,1 @@
+"""The frontend of an LMCache cluster: its dashboard, and a proxy to every component's internal API."""

@@ -1,0 +1,26 @@
+"""`/proxy/{host}/{port or socket}/{path}` and `/proxy2/{node name}/{path}`, for every method."""
+
+from aiohttp import web
+
+from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
+from lmcache_frontend.proxy import target
+from lmcache_frontend.proxy.transport import forward
+
+router = web.RouteTableDef()
+
+
+@router.route("*", "/proxy/{host}/{target}{path:(/.*)?}")
+async def by_address(request: web.Request) -> web.StreamResponse:
+    """To the target that the path names, if it is registered or otherwise allowed."""
+    return await _proxied(request, target.by_address(request.raw_path))
+
+
+@router.route("*", "/proxy2/{name}{path:(/.*)?}")
+async def by_name(request: web.Request) -> web.StreamResponse:
+    """To the node with this name."""
+    return await _proxied(request, target.by_name(request.raw_path, request.app[REGISTRY]))
+
+
+async def _proxied(request: web.Request, wanted: target.ProxiedPath) -> web.StreamResponse:
+    allowed = request.app[POLICY].allowed(request, wanted.address)
+    return await forward(request, await request.app[TARGETS].get(allowed), wanted.path)

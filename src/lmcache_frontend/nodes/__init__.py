@@ -1,0 +1,1 @@
+"""The nodes of the cluster: what they are and where they are kept."""

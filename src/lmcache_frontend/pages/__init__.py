@@ -1,0 +1,1 @@
+"""Pages for a browser; every `*_page.py` here is found at start-up."""

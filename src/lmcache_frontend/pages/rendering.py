@@ -1,0 +1,42 @@
+"""What every page has in common: its templates, its static files, and the headers that keep it to itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import aiohttp_jinja2
+import jinja2
+from aiohttp import web
+
+from lmcache_shared.version import VERSION
+
+HERE = Path(__file__).parent
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+"""Nothing from another origin, no inline script: a node's name or answer cannot become code."""
+
+
+def setup(app: web.Application) -> None:
+    """Give the application its templates and static files; may be called by every page's module."""
+    if app.get(aiohttp_jinja2.APP_KEY) is not None:
+        return
+    aiohttp_jinja2.setup(
+        app, loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    app.router.add_static("/static", HERE / "static")
+
+
+def render(request: web.Request, template: str, context: dict[str, Any]) -> web.Response:
+    """The page, with the version that its static files' addresses carry."""
+    response = aiohttp_jinja2.render_template(template, request, {**context, "version": VERSION})
+    response.headers.update(SECURITY_HEADERS)
+    return response

@@ -1,0 +1,76 @@
+"""Whether the proxy may reach a target: a registered node, a socket under the prefix, or, asked by a caller on this
+machine, one of its ports.
+"""
+
+from __future__ import annotations
+
+import os
+
+from aiohttp import web
+from yarl import URL
+
+from lmcache_frontend.nodes.registry import Registry
+from lmcache_shared.address import Address, UnixAddress, is_loopback_host, unix_address
+from lmcache_shared.errors import AddressError, Refusal
+
+_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
+
+
+class Policy:
+    """The rules, in the order in which they are asked.
+
+    Args:
+        registry: its nodes and proxies are allowed.
+        socket_prefix: so are Unix sockets whose path, with every symbolic link followed, begins like this.
+    """
+
+    def __init__(self, registry: Registry, socket_prefix: str | None) -> None:
+        self._registry = registry
+        self._prefix = socket_prefix
+
+    def allowed(self, request: web.Request, address: Address) -> Address:
+        """The address to connect to.
+
+        Raises:
+            Refusal: 403; the text names the target and, for a socket, the way to allow it.
+        """
+        if self._registry.has(address):
+            return address
+        if isinstance(address, UnixAddress):
+            return self._socket_under_prefix(address)
+        if address.is_loopback and is_local_caller(request):
+            return address
+        raise Refusal(403, f"Target {address.host}:{address.port} is not a registered node")
+
+    def _socket_under_prefix(self, address: UnixAddress) -> UnixAddress:
+        if self._prefix:
+            folder, name = os.path.split(self._prefix)
+            real = os.path.realpath(address.path)
+            if real.startswith(os.path.join(os.path.realpath(folder), name)):
+                try:
+                    return unix_address(real)
+                except AddressError:
+                    pass
+        raise Refusal(
+            403,
+            f"Socket {address.path} is not a registered node and not under the socket prefix"
+            f" {self._prefix or '(none)'}; add it with --nodes or --config, or choose another --socket-prefix",
+        )
+
+
+def is_local_caller(request: web.Request) -> bool:
+    """Whether the caller is on this machine: it connects over loopback, and no other proxy speaks for it.
+
+    A page of another site in a local browser connects over loopback too. It does not count: the browser tells of it
+    (Fetch Metadata), or the page came by a name that was made to point here (DNS rebinding), which `Host` shows.
+    """
+    peer = request.transport.get_extra_info("peername") if request.transport else None
+    if not isinstance(peer, tuple) or any(name in request.headers for name in _FORWARDED):
+        return False
+    if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        return False
+    try:
+        asked_host = URL(f"http://{request.host}").host or ""
+    except ValueError:
+        return False
+    return is_loopback_host(str(peer[0])) and is_loopback_host(asked_host)

@@ -1,0 +1,61 @@
+"""Which target a path means: `/proxy/{host}/{port or socket}/{path}`, or `/proxy2/{name}/{path}`.
+
+Read from the raw request target, not from a decoded path: what follows the target goes on byte for byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from lmcache_frontend.nodes.registry import Registry
+from lmcache_shared import address
+from lmcache_shared.address import Address
+from lmcache_shared.errors import AddressError, Refusal
+
+
+@dataclass(frozen=True)
+class ProxiedPath:
+    """A target, and what to ask it for: a path with its query, as the caller wrote it."""
+
+    address: Address
+    path: str
+
+
+def by_address(raw_path: str) -> ProxiedPath:
+    """Read `/proxy/{host}/{port or socket}/{path}`; a socket's path may be encoded once or twice.
+
+    Raises:
+        Refusal: 400, when host, port or socket cannot be one.
+    """
+    (host, target), path = _split(raw_path, 2)
+    try:
+        return ProxiedPath(address.from_proxy_segments(host, target), path)
+    except AddressError as error:
+        raise Refusal(400, f"/proxy/{{host}}/{{port or socket}}/…: {error}") from None
+
+
+def by_name(raw_path: str, registry: Registry) -> ProxiedPath:
+    """Read `/proxy2/{node name}/{path}`.
+
+    Raises:
+        Refusal: 404, when no node or proxy has the name.
+    """
+    (quoted,), path = _split(raw_path, 1)
+    name = unquote(quoted)
+    found = registry.find(name)
+    if found is None:
+        raise Refusal(404, f"Node with name '{name}' not found")
+    return ProxiedPath(found, path)
+
+
+def _split(raw_path: str, count: int) -> tuple[list[str], str]:
+    """The `count` segments behind the first one, and the rest with its `/` and query."""
+    if not raw_path.startswith("/"):  # the absolute form, `GET http://host/path` (RFC 9112, section 3.2.2)
+        raw_path = "/" + raw_path.partition("://")[2].partition("/")[2]
+    if not raw_path.isascii():
+        raise Refusal(400, "the request's path has bytes that are no ASCII; percent-encode them (RFC 3986)")
+    path, question, query = raw_path.partition("?")
+    parts = path.split("/", 2 + count)
+    rest = parts[2 + count] if len(parts) > 2 + count else ""
+    return parts[2 : 2 + count], f"/{rest}{question}{query}"

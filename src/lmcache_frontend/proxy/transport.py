@@ -1,0 +1,156 @@
+"""How a request gets to its target and the answer back: streamed both ways, through one client per target."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from types import TracebackType
+
+import aiohttp
+from aiohttp import web
+from yarl import URL
+
+from lmcache_frontend.proxy.headers import request_headers, response_headers
+from lmcache_shared.address import Address, TcpAddress
+from lmcache_shared.errors import Refusal
+
+logger = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 5.0
+"""To get a connection, its place in the pool included."""
+
+READ_SECONDS = 60.0
+"""Between two pieces of an answer, its head included: LMCache's frontend waits as long for the whole."""
+
+CONNECTIONS_PER_TARGET = 100
+
+KEEPALIVE_SECONDS = 4.0
+"""An idle connection is dropped before its server does so: uvicorn, under LMCache's own servers, waits 5 seconds."""
+
+MAX_UNREGISTERED_TARGETS = 64
+"""Clients kept for targets that are no registered nodes; the one unused for longest goes first."""
+
+_LEFT_OUT = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+"""Fields that aiohttp's client would add where the caller sent none."""
+
+
+class Target:
+    """One target's client, with its pool of connections."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self.in_use = 0
+        self.session = aiohttp.ClientSession(
+            connector=address.connector(limit=CONNECTIONS_PER_TARGET, keepalive_timeout=KEEPALIVE_SECONDS),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(
+                total=None, connect=CONNECT_SECONDS, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS
+            ),
+            auto_decompress=False,
+            skip_auto_headers=_LEFT_OUT,
+        )
+
+    def __enter__(self) -> aiohttp.ClientSession:
+        self.in_use += 1
+        return self.session
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.in_use -= 1
+
+    def url(self, path: str) -> URL:
+        """`path`, with its query, at this target; nothing in it is decoded, sorted or encoded anew."""
+        if isinstance(self.address, TcpAddress):
+            return URL.build(scheme="http", host=self.address.host, port=self.address.port, path=path, encoded=True)
+        return URL.build(scheme="http", host="localhost", path=path, encoded=True)
+
+
+class Targets:
+    """The clients of all targets. A registered node's lives as long as it is registered.
+
+    Args:
+        is_registered: whether a node is registered at an address.
+    """
+
+    def __init__(self, is_registered: Callable[[Address], bool]) -> None:
+        self._is_registered = is_registered
+        self._targets: OrderedDict[Address, Target] = OrderedDict()
+
+    async def get(self, address: Address) -> Target:
+        """The target at `address`, made at its first use."""
+        target = self._targets.get(address)
+        if target is None:
+            target = self._targets[address] = Target(address)
+            await self._drop_unused()
+        self._targets.move_to_end(address)
+        return target
+
+    async def _drop_unused(self) -> None:
+        others = [a for a in self._targets if not self._is_registered(a)]
+        for address in others[: max(0, len(others) - MAX_UNREGISTERED_TARGETS)]:
+            if self._targets[address].in_use == 0:
+                await self._targets.pop(address).session.close()
+
+    async def close(self) -> None:
+        while self._targets:
+            _, target = self._targets.popitem()
+            await target.session.close()
+
+
+async def forward(request: web.Request, target: Target, path: str) -> web.StreamResponse:
+    """Send the request on to `path` at `target`, and its answer back.
+
+    No body is held whole. An answer that breaks off breaks the caller's connection off too, so that half an answer
+    never looks whole.
+
+    Raises:
+        Refusal: 502 when the target cannot be reached or speaks no HTTP, 504 when it is too slow.
+    """
+    with target as session:
+        try:
+            upstream = await session.request(
+                request.method,
+                target.url(path),
+                headers=request_headers(request.headers),
+                data=request.content if request.can_read_body else None,
+                allow_redirects=False,
+            )
+        except asyncio.TimeoutError:
+            raise Refusal(504, _timed_out(target.address)) from None
+        except aiohttp.ClientConnectorError as error:
+            logger.info("cannot connect to %s: %s", target.address, error)
+            raise Refusal(502, _not_reached(target.address)) from None
+        except (aiohttp.ClientError, ValueError) as error:
+            message = f"Error communicating with target service: {error or type(error).__name__}"
+            raise Refusal(502, message) from None
+        async with upstream:
+            return await _send_back(request, upstream)
+
+
+async def _send_back(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+    response = web.StreamResponse(
+        status=upstream.status, reason=upstream.reason, headers=response_headers(upstream.headers)
+    )
+    try:
+        await response.prepare(request)
+        async for chunk in upstream.content.iter_any():
+            await response.write(chunk)
+        await response.write_eof()
+    except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as error:
+        logger.info("%s %s broke off: %s", request.method, request.path, error or type(error).__name__)
+        if request.transport is not None:
+            request.transport.abort()
+    return response
+
+
+def _not_reached(address: Address) -> str:
+    kind = "target service" if isinstance(address, TcpAddress) else "socket:"
+    return f"Failed to connect to {kind} {address}"
+
+
+def _timed_out(address: Address) -> str:
+    kind = "target service" if isinstance(address, TcpAddress) else "socket"
+    return f"Connection to {kind} {address} timed out"

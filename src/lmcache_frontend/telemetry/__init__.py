@@ -1,0 +1,1 @@
+"""What the frontend learns about its nodes by asking them."""

@@ -1,0 +1,79 @@
+"""Work that may take time, kept off the event loop: few threads, a bounded queue, a deadline.
+
+A thread cannot be stopped from outside. When the deadline passes, the caller gets its answer (504) and the call goes
+on in its thread; its place is free again only when it ends, so stuck calls fill the pool and further ones are
+refused (503) instead of piling up. The threads are daemons, which those of `concurrent.futures` are not: a stuck call
+never keeps the process, least of all a host's, from ending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from lmcache_shared.errors import Refusal
+
+T = TypeVar("T")
+
+_Work = tuple["concurrent.futures.Future[Any]", Callable[[], Any]]
+
+
+class BlockingPool:
+    """At most `threads` calls at once and `waiting` more in line; threads start when they are needed."""
+
+    def __init__(self, name: str, *, threads: int = 4, waiting: int = 64) -> None:
+        self._name = name
+        self._max_threads = threads
+        self._max_calls = threads + waiting
+        self._threads = 0
+        self._calls = 0
+        self._line: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+
+    async def run(self, call: Callable[[], T], *, seconds: float, what: str) -> T:
+        """The result of `call()`, made in a thread; what it raises is raised here.
+
+        Raises:
+            Refusal: 503 when the pool is full, 504 when `seconds` pass; the text names `what`.
+        """
+        if self._calls >= self._max_calls:
+            raise Refusal(503, f"{what}: too many calls wait already; try again later", {"Retry-After": "1"})
+        self._calls += 1
+        if self._threads < min(self._calls, self._max_threads):
+            self._threads += 1
+            name = f"{self._name}-{self._threads}"
+            threading.Thread(target=_work, args=(self._line,), name=name, daemon=True).start()
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        work = asyncio.wrap_future(future)
+        work.add_done_callback(self._leave)
+        self._line.put((future, call))
+        done, _ = await asyncio.wait({work}, timeout=seconds)
+        if not done:
+            raise Refusal(504, f"{what}: not done within {seconds:g} seconds; it may still finish")
+        return work.result()
+
+    def _leave(self, work: asyncio.Future[T]) -> None:
+        self._calls -= 1
+        if not work.cancelled():
+            work.exception()  # looked at here, so that a late failure is not reported as never retrieved
+
+    def close(self) -> None:
+        """Let the threads end after the calls that they have; nothing is waited for."""
+        for _ in range(self._threads):
+            self._line.put(None)
+
+
+def _work(line: queue.SimpleQueue[_Work | None]) -> None:
+    while (item := line.get()) is not None:
+        future, call = item
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            result = call()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)

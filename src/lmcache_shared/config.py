@@ -1,0 +1,308 @@
+"""Where settings come from: `lmcache.yaml` < the environment < the command line, into a `Settings`.
+
+Spellings are LMCache's: booleans as true/false/1/0, lists as `[0, 1]`, `0,1` or one value, texts with or without
+quotes, `extra_config` as a mapping or as JSON. Where LMCache drops a value that it cannot read and goes on with the
+default, this stops with an error that names the file, the key path, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lmcache_shared.errors import ConfigError
+from lmcache_shared.settings import DEFINITIONS, ENV_PREFIX, EXTRA, OLDER_NAMES, Definition, FileMode, Settings
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
+"""Names the configuration file when the command line does not."""
+
+MAX_FILE_BYTES = 1 << 20
+"""Largest configuration file that is read."""
+
+_TRUE = frozenset({"true", "1", "yes", "on"})
+_FALSE = frozenset({"false", "0", "no", "off"})
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    overrides: Sequence[str] = (),
+) -> Settings:
+    """The settings of a file, changed by the environment, changed by `overrides` (each `key=value`).
+
+    Args:
+        path: the file; without one the file that `LMCACHE_CONFIG_FILE` names, without that none.
+        environ: `LMCACHE_<KEY IN CAPITALS>` sets a key. An empty value unsets a text or a list.
+        overrides: a key of the table, any other key (kept as it is), or `extra_config.<key>`.
+
+    Raises:
+        ConfigError: a source cannot be read, or a value is not what its key takes.
+    """
+    path = path or environ.get(CONFIG_FILE_VARIABLE) or None
+    found = _Found()
+    if path is not None:
+        found.add_mapping(read_yaml(path), str(path))
+    found.add_environment(environ)
+    for override in overrides:
+        found.add_override(override)
+    return found.settings()
+
+
+def from_object(config: object, place: str = "configuration") -> Settings:
+    """The settings of a configuration object such as LMCache's: attributes that it has, defaults for the others.
+
+    Raises:
+        ConfigError: a value is not what its key takes.
+    """
+    found = _Found()
+    named = (definition.name for definition in DEFINITIONS.values() if definition.section is None)
+    found.add_mapping({name: getattr(config, name) for name in named if hasattr(config, name)}, place)
+    return found.settings()
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping at the top of a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: the file cannot be read, is too large, is no YAML, or holds something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; this is no configuration")
+    try:
+        content = yaml.safe_load(data)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path}: {where}no YAML: {problem}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: no YAML that can be used: {str(error) or 'nested too deeply'}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys with values at the top, found {_shown(content)}")
+    for key in content:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: expected a text as key, found {_shown(key)}")
+    return content
+
+
+class _Found:
+    """What the sources said so far; later ones replace earlier ones."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.unknown: dict[str, Any] = {}
+        self.extra: dict[str, Any] | None = None
+
+    def add_mapping(self, mapping: Mapping[str, Any], place: str) -> None:
+        for name, value in _with_current_names(mapping, place).items():
+            if name == EXTRA:
+                self._set_extra(value, f"{place}: {EXTRA}")
+            elif name in DEFINITIONS:
+                self.values[name] = convert(value, DEFINITIONS[name], f"{place}: {name}")
+            else:
+                self.unknown[name] = value
+
+    def add_environment(self, environ: Mapping[str, str]) -> None:
+        names = [EXTRA, *OLDER_NAMES, *DEFINITIONS, *self.unknown]
+        variables = {name: ENV_PREFIX + name.upper() for name in dict.fromkeys(names)}
+        mapping = {name: _unquoted(environ[variable]) for name, variable in variables.items() if variable in environ}
+        for name, value in _with_current_names(mapping, "environment").items():
+            self._set(name, value, f"environment: {variables[name] if name in mapping else name}")
+
+    def add_override(self, override: str) -> None:
+        key, equals, value = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise ConfigError(f"--set {override}: expected key=value")
+        ((name, text),) = _with_current_names({key: _unquoted(value)}, "--set").items()
+        self._set(name, text, f"--set {key}")
+
+    def _set(self, name: str, text: str, place: str) -> None:
+        """Take a text, from the environment or the command line."""
+        section, dot, inner = name.partition(".")
+        if name == EXTRA:
+            self._set_extra(text, place)
+        elif dot and section == EXTRA:
+            self.extra = {**(self.extra or {}), inner: _yaml_value(text, place)}
+            if inner in DEFINITIONS:
+                self.values[inner] = convert(text, DEFINITIONS[inner], place)
+        elif name in DEFINITIONS:
+            self.values[name] = convert(text, DEFINITIONS[name], place)
+        else:
+            self.unknown[name] = _yaml_value(text, place)
+
+    def _set_extra(self, value: Any, place: str) -> None:
+        mapping = convert(value, DEFINITIONS[EXTRA], place)
+        for name in [n for n, d in DEFINITIONS.items() if d.section == EXTRA]:
+            self.values.pop(name, None)  # a later source replaces the section as a whole, as LMCache does
+            if mapping and name in mapping:
+                self.values[name] = convert(mapping[name], DEFINITIONS[name], f"{place}.{name}")
+        self.extra = mapping
+
+    def settings(self) -> Settings:
+        given = frozenset(self.values) | ({EXTRA} if self.extra is not None else frozenset())
+        return Settings(**self.values, extra_config=self.extra, unknown=self.unknown, given=given)
+
+
+def _with_current_names(mapping: Mapping[str, Any], place: str) -> dict[str, Any]:
+    current = {name: value for name, value in mapping.items() if name not in OLDER_NAMES}
+    for older, name in OLDER_NAMES.items():
+        if older in mapping:
+            logger.warning("%s: %s is the older name of %s", place, older, name)
+            current.setdefault(name, mapping[older])
+    return current
+
+
+def convert(value: Any, definition: Definition, place: str) -> Any:
+    """`value`, as found at `place`, as what the setting takes.
+
+    Raises:
+        ConfigError: it is of another type or out of range.
+    """
+    kind = definition.kind
+    optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    if optional:
+        (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
+    if value is None or (optional and value == ""):
+        if optional:
+            return None
+        raise ConfigError(f"{place}: expected {_kind_name(kind)}, found nothing")
+    if typing.get_origin(kind) is list:
+        (item_kind,) = typing.get_args(kind)
+        items = _items(value, place)
+        return [_scalar(item, item_kind, definition, f"{place}[{i}]") for i, item in enumerate(items)]
+    if kind == Mapping[str, Any]:
+        return _mapping(value, place)
+    return _scalar(value, kind, definition, place)
+
+
+def _scalar(value: Any, kind: Any, definition: Definition, place: str) -> Any:
+    converted: Any
+    if kind == FileMode:
+        converted = _file_mode(value)
+    elif kind is bool:
+        converted = _boolean(value)
+    elif kind is int:
+        converted = _integer(value)
+    elif kind is float:
+        converted = _number(value)
+    else:
+        converted = _text(value)
+    if converted is None:
+        raise ConfigError(f"{place}: expected {_kind_name(kind)}, found {_shown(value)}")
+    low, high = definition.minimum, definition.maximum
+    if (low is not None and converted < low) or (high is not None and converted > high):
+        limits = f"at least {low:g}" if high is None else f"from {low or 0:.10g} to {high:.10g}"
+        raise ConfigError(f"{place}: expected {_kind_name(kind)} {limits}, found {_shown(value)}")
+    return converted
+
+
+def _boolean(value: Any) -> bool | None:
+    word = str(value).strip().lower() if isinstance(value, bool | int | str) else ""
+    return True if word in _TRUE else False if word in _FALSE else None
+
+
+def _integer(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | str | float):
+        return None
+    try:
+        if isinstance(value, float):
+            return int(value) if value.is_integer() else None
+        return int(value) if len(str(value)) <= 20 else None
+    except ValueError:
+        return None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | str | float):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _text(value: Any) -> str | None:
+    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+
+
+def _file_mode(value: Any) -> int | None:
+    """Octal digits in a text. A number is refused: YAML reads 0660 as 432, and 660 as 660."""
+    if not isinstance(value, str):
+        return None
+    try:
+        return int(value.strip().removeprefix("0o"), 8)
+    except ValueError:
+        return None
+
+
+def _items(value: Any, place: str) -> list[Any]:
+    if isinstance(value, str):
+        text = _unquoted(value)
+        if text.startswith("["):
+            value = _yaml_value(text, place)
+        else:
+            return [item.strip() for item in text.split(",") if item.strip()]
+    return value if isinstance(value, list) else [value]
+
+
+def _mapping(value: Any, place: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise ConfigError(f"{place}: expected a JSON object, found {_shown(value)}") from None
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{place}: expected keys with values, found {_shown(value)}")
+    for key in value:
+        if not isinstance(key, str):
+            raise ConfigError(f"{place}: expected a text as key, found {_shown(key)}")
+    return dict(value)
+
+
+def _unquoted(text: str) -> str:
+    stripped = text.strip()
+    if len(stripped) >= 2 and stripped[0] == stripped[-1] and stripped[0] in "'\"":
+        return stripped[1:-1]
+    return stripped
+
+
+def _yaml_value(text: str, place: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"{place}: cannot be read as a value: {_shown(text)}") from None
+
+
+def _kind_name(kind: Any) -> str:
+    if kind == FileMode:
+        return 'permissions as an octal text such as "0660"'
+    return {bool: "true or false", int: "int", float: "number", str: "text"}[kind]
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = json.dumps(value, default=repr)
+    except (ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."

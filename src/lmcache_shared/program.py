@@ -1,0 +1,54 @@
+"""What both programs do alike: logging, signals, the event loop, and ending with one line when they cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import uvloop
+
+from lmcache_shared.errors import START_FAILED, StartError
+
+TRACE = 5
+LOG_LEVELS: dict[str, int] = {
+    "critical": logging.CRITICAL,
+    "error": logging.ERROR,
+    "warning": logging.WARNING,
+    "info": logging.INFO,
+    "debug": logging.DEBUG,
+    "trace": TRACE,
+}
+
+
+def configure_logging(level: str) -> None:
+    """Log to standard error from `level` (a key of `LOG_LEVELS`) on."""
+    logging.addLevelName(TRACE, "TRACE")
+    logging.basicConfig(level=LOG_LEVELS[level], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def run(program: str, main: Callable[[], Coroutine[Any, Any, None]]) -> int:
+    """Run `main()` to its end and return the exit code; a `StartError` becomes one line and exit code 2."""
+    try:
+        uvloop.run(main())
+    except StartError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return START_FAILED
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+async def until_stopped() -> None:
+    """Return at the first SIGINT or SIGTERM. A second one then ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)

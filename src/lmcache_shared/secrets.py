@@ -1,0 +1,65 @@
+"""What looks like a secret, by its name or by its content, and is shown as `***`.
+
+A name is split into words at `_`, `-`, `.` and between small and capital letters; one word of `_SECRET_WORDS` makes it
+secret: `HF_TOKEN` and `redisPassword` are, `TOKENIZERS_PARALLELISM` is not. `PWD` alone is the working folder. A plain
+number under a word that counts as often as it hides (`MAX_TOKENS=512`) is shown. A value is secret by content when it
+holds a well-known token, a private key, an `Authorization` value, a URL with a password or a signature, or an
+assignment such as `password=…` or `"api_key": "…"`. Both rules would rather mask too much.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+
+MASK = "***"
+
+_SECRET_WORDS = frozenset(
+    "secret secrets token tokens password passwords passwd passphrase pass pwd credential credentials cred creds"
+    " auth authorization key keys apikey apikeys accesskey secretkey privatekey cookie cookies session jwt bearer"
+    " signature salt dsn".split()
+)
+_COUNTED_WORDS = frozenset({"tokens", "keys", "session", "key", "pass", "auth"})
+_NOT_SECRET_NAMES = frozenset({"PWD", "OLDPWD", "SSH_AUTH_SOCK", "XDG_SESSION_ID", "XDG_SESSION_TYPE"})
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+_PLAIN_COUNT = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,9})?|true|false|", re.IGNORECASE)
+
+_SECRET_CONTENT = re.compile(
+    r"""
+      -----BEGIN\ [A-Z ]{0,30}PRIVATE\ KEY
+    | \b(?:bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}
+    | \beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.                             # a JSON web token
+    | \b(?:sk|pk|rk|hf|nvapi|gsk|glpat|dop_v1|shpat|xox[a-z])[-_][A-Za-z0-9_-]{16,}
+    | \b(?:gh[a-z]_|github_pat_|npm_|pypi-)[A-Za-z0-9_-]{16,}
+    | \b(?:AKIA|ASIA)[A-Z0-9]{16}\b | \bAIza[A-Za-z0-9_-]{30,}
+    | ://[^/\s:@]{0,256}:[^/\s@]{1,256}@                                       # a URL with a password
+    | [?&](?:sig|signature|x-amz-signature|x-goog-signature)=[^&\s]
+    | (?:password|passwd|passphrase|secret|token|api[-_]?key|access[-_]?key|credential|(?<![a-z])pwd)s?
+      ["']?\s{0,3}(?:[:=]|\s)\s{0,3}["']?(?![\s"',}&]|null\b|true\b|false\b|[0-9]{1,9}\b)[^\s"',}&]
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def masked(values: Mapping[str, str], extra_names: Sequence[str] = ()) -> dict[str, str]:
+    """`values`, `***` for each that looks secret; `extra_names` are further patterns of names (`*` is any text)."""
+    patterns = [pattern.upper() for pattern in extra_names]
+    return {name: MASK if is_secret(name, value, patterns) else value for name, value in values.items()}
+
+
+def is_secret(name: str, value: str, patterns: Sequence[str] = ()) -> bool:
+    """Whether the variable looks like a secret; `patterns` are name patterns in capitals."""
+    if any(fnmatch.fnmatchcase(name.upper(), pattern) for pattern in patterns):
+        return True
+    return _has_secret_name(name, value) or _SECRET_CONTENT.search(value) is not None
+
+
+def _has_secret_name(name: str, value: str) -> bool:
+    if name in _NOT_SECRET_NAMES:
+        return False
+    words = {word.lower() for word in _WORD.findall(name)} & _SECRET_WORDS
+    if words and words <= _COUNTED_WORDS and _PLAIN_COUNT.fullmatch(value):
+        return False
+    return bool(words)
