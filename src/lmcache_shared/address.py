@@ -95,7 +95,7 @@ def parse(text: str) -> Address:
     if text.startswith("/"):
         return unix_address(text)
     host, colon, port = text.removeprefix("http://").rstrip("/").rpartition(":")
-    if not colon:
+    if not colon or (":" in host and not host.startswith("[")):
         raise AddressError(f"{text!r}: expected host:port, [ipv6]:port or the path of a Unix socket")
     return tcp_address(host, port)
 

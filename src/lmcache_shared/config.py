@@ -142,9 +142,10 @@ class _Found:
         if name == EXTRA:
             self._set_extra(text, place)
         elif dot and section == EXTRA:
-            self.extra = {**(self.extra or {}), inner: _yaml_value(text, place)}
-            if inner in DEFINITIONS:
+            known = inner in DEFINITIONS and DEFINITIONS[inner].section == EXTRA
+            if known:
                 self.values[inner] = convert(text, DEFINITIONS[inner], place)
+            self.extra = {**(self.extra or {}), inner: text if known else _yaml_value(text, place)}
         elif name in DEFINITIONS:
             self.values[name] = convert(text, DEFINITIONS[name], place)
         else:

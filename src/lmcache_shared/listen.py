@@ -209,7 +209,7 @@ def _probe_unix_socket(address: UnixAddress) -> bool:
     path = address.path
     try:
         info = os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise AddressError(f"{path}: cannot look at the socket: {error.strerror}") from None

@@ -74,10 +74,13 @@ def from_folders(folders: Iterable[str | Path], suffix: str) -> Iterator[RouteMo
             sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up by name
             try:
                 spec.loader.exec_module(module)
+                found = _route_module(origin, module)
             except Exception as error:
                 sys.modules.pop(spec.name, None)
+                if isinstance(error, RouteError):
+                    raise
                 raise _import_failed(origin, error) from error
-            yield _route_module(origin, module)
+            yield found
 
 
 def from_entry_points(group: str) -> Iterator[RouteModule]:

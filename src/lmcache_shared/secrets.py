@@ -1,7 +1,7 @@
 """What looks like a secret, by its name or by its content, and is shown as `***`.
 
 A name is split into words at `_`, `-`, `.` and between small and capital letters; one word of `_SECRET_WORDS` makes it
-secret: `HF_TOKEN` and `redisPassword` are, `TOKENIZERS_PARALLELISM` is not. `PWD` alone is the working folder. A plain
+secret: `HF_TOKEN`, `PGPASSWORD` and `redisPassword` are, `TOKENIZERS_PARALLELISM` is not. `PWD` alone is the working folder. A plain
 number under a word that counts as often as it hides (`MAX_TOKENS=512`) is shown. A value is secret by content when it
 holds a well-known token, a private key, an `Authorization` value, a URL with a password or a signature, or an
 assignment such as `password=…` or `"api_key": "…"`. Both rules would rather mask too much.
@@ -20,6 +20,9 @@ _SECRET_WORDS = frozenset(
     " auth authorization key keys apikey apikeys accesskey secretkey privatekey cookie cookies session jwt bearer"
     " signature salt dsn".split()
 )
+_SECRET_ENDINGS = ("password", "passwd", "passphrase", "secret", "token", "apikey", "credentials")
+"""So that words run together count too: `PGPASSWORD`, `AUTHTOKEN`."""
+
 _COUNTED_WORDS = frozenset({"tokens", "keys", "session", "key", "pass", "auth"})
 _NOT_SECRET_NAMES = frozenset({"PWD", "OLDPWD", "SSH_AUTH_SOCK", "XDG_SESSION_ID", "XDG_SESSION_TYPE"})
 
@@ -59,7 +62,8 @@ def is_secret(name: str, value: str, patterns: Sequence[str] = ()) -> bool:
 def _has_secret_name(name: str, value: str) -> bool:
     if name in _NOT_SECRET_NAMES:
         return False
-    words = {word.lower() for word in _WORD.findall(name)} & _SECRET_WORDS
+    words = {word.lower() for word in _WORD.findall(name)}
+    words = {word for word in words if word in _SECRET_WORDS or word.endswith(_SECRET_ENDINGS)}
     if words and words <= _COUNTED_WORDS and _PLAIN_COUNT.fullmatch(value):
         return False
     return bool(words)

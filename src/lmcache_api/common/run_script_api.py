@@ -57,6 +57,7 @@ class ScriptRunner:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self._outcome: concurrent.futures.Future[str] = concurrent.futures.Future()
 
     @property
     def busy(self) -> bool:
@@ -69,12 +70,11 @@ class ScriptRunner:
             TimeoutError: it ran longer than `seconds`; the text says whether it has stopped since.
             ScriptFailed: it raised.
         """
-        outcome: concurrent.futures.Future[str] = concurrent.futures.Future()
-        self._thread = threading.Thread(
-            target=_work, args=(outcome, source, app, allowed), name="run-script", daemon=True
-        )
+        self._outcome = concurrent.futures.Future()
+        work = (self._outcome, source, app, allowed)
+        self._thread = threading.Thread(target=_work, args=work, name="run-script", daemon=True)
         self._thread.start()
-        waiting = asyncio.wrap_future(outcome)
+        waiting = asyncio.wrap_future(self._outcome)
         done, _ = await asyncio.wait({waiting}, timeout=seconds)
         if done:
             return waiting.result()
@@ -90,7 +90,7 @@ class ScriptRunner:
         CPython raises the exception at the thread's next bytecode: a loop ends; a call into C (a sleep, a lock) goes
         on.
         """
-        if self._thread is not None and self._thread.is_alive():
+        if self._thread is not None and not self._outcome.done():
             thread_id = ctypes.c_ulong(self._thread.ident or 0)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, ctypes.py_object(_Deadline))
 
@@ -149,15 +149,17 @@ async def _read_script(request: web.Request, max_bytes: int) -> bytes | None:
     if request.content_type != "multipart/form-data":
         return None
     reader = await request.multipart()
+    script = None
     for _ in range(MAX_PARTS):
-        part = await reader.next()
+        part = await reader.next()  # raises where the form breaks off: half a script is never run
         if part is None:
-            return None
-        if isinstance(part, BodyPartReader) and part.name == "script" and part.filename is not None:
-            return await _read_part(part, max_bytes)
-        if isinstance(part, BodyPartReader):
-            await _read_part(part, max_bytes)
-    raise ValueError(f"more than {MAX_PARTS} parts and no file named script among them")
+            return script
+        if not isinstance(part, BodyPartReader):
+            raise ValueError(f"the part {part.headers.get('Content-Disposition')} is a form of its own")
+        data = await _read_part(part, max_bytes)
+        if part.name == "script" and part.filename is not None:
+            script = data
+    raise ValueError(f"more than {MAX_PARTS} parts")
 
 
 async def _read_part(part: BodyPartReader, max_bytes: int) -> bytes:

@@ -1,0 +1,52 @@
+import asyncio
+import threading
+
+import pytest
+
+from lmcache_shared.blocking import BlockingPool
+from lmcache_shared.errors import Refusal
+
+
+async def test_a_call_is_made_in_a_daemon_thread_and_its_error_is_raised() -> None:
+    pool = BlockingPool("pool")
+    name, daemon = await pool.run(
+        lambda: (threading.current_thread().name, threading.current_thread().daemon), seconds=5, what="x"
+    )
+    assert (name, daemon) == ("pool-1", True)
+    with pytest.raises(ZeroDivisionError):
+        await pool.run(lambda: 1 // 0, seconds=5, what="x")
+    pool.close()
+
+
+async def test_past_the_deadline_it_is_a_504_and_a_full_pool_a_503() -> None:
+    pool = BlockingPool("pool", threads=1, waiting=1)
+    gate = threading.Event()
+    late = [asyncio.create_task(pool.run(gate.wait, seconds=0.05, what="waiting")) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(Refusal, match="503: waiting: too many calls"):
+        await pool.run(gate.wait, seconds=0.05, what="waiting")
+    for task in late:
+        with pytest.raises(Refusal, match=r"504: waiting: not done within 0\.05 seconds; it may still finish"):
+            await task
+    with pytest.raises(Refusal, match="503"):  # the calls still hold their places
+        await pool.run(gate.wait, seconds=0.05, what="waiting")
+    gate.set()
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        if pool._calls == 0:
+            break
+    assert await pool.run(lambda: 7, seconds=5, what="x") == 7
+    pool.close()
+
+
+async def test_threads_are_as_few_as_the_calls_need() -> None:
+    pool = BlockingPool("few", threads=3)
+    for _ in range(5):
+        await pool.run(lambda: None, seconds=5, what="x")
+    assert [t.name for t in threading.enumerate() if t.name.startswith("few-")] == ["few-1"]
+    pool.close()
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        if not [t for t in threading.enumerate() if t.name.startswith("few-")]:
+            return
+    pytest.fail("the thread did not end after close()")
