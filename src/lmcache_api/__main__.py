@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,11 +43,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     program.configure_logging(options.log_level)
-    return program.run(PROGRAM, lambda: serve(options))
+    return program.run(PROGRAM, functools.partial(serve, options))
 
 
-async def serve(options: argparse.Namespace) -> None:
-    """Serve until SIGINT or SIGTERM.
+async def serve(options: argparse.Namespace, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set.
 
     Raises:
         StartError: an option, a setting or an address cannot be used; nothing is left behind.
@@ -59,14 +61,20 @@ async def serve(options: argparse.Namespace) -> None:
     if not settings.internal_api_server_enabled or not indexes:
         print(_why_off(settings, wanted))
         return
-    async with contextlib.AsyncExitStack() as stack:
-        for index in indexes:
-            component = EmbeddedComponent(settings, index, world_size=options.workers)
-            stack.enter_context(component)
-            server = await stack.enter_async_context(ComponentServer(component))
-            print(f"{server.placement.name} ({component.role}) serves on {server.placement.address}", flush=True)
-        await program.until_stopped()
-        print("stopping", flush=True)
+    servers: list[ComponentServer] = []
+    with contextlib.ExitStack() as components:
+        try:
+            for index in indexes:
+                component = EmbeddedComponent(settings, index, world_size=options.workers)
+                components.enter_context(component)
+                server = ComponentServer(component)
+                await server.start()
+                servers.append(server)
+                print(f"{server.placement.name} ({component.role}) serves on {server.placement.address}", flush=True)
+            await stop.wait()
+            print("stopping", flush=True)
+        finally:
+            await asyncio.gather(*(server.stop() for server in servers))  # together: each may drain for seconds
 
 
 def _indexes(options: argparse.Namespace) -> list[int]:

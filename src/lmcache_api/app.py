@@ -36,7 +36,7 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
     Raises:
         RouteError: a route module is broken, or two claim one route.
     """
-    app = web.Application(middlewares=[refusals], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(middlewares=[refusals, _without_slash], client_max_size=MAX_BODY_BYTES)
     app[COMPONENT] = component
     app[POOL] = BlockingPool(f"lmcache-api-{component.index}")
     app.cleanup_ctx.append(_close_pool)
@@ -51,6 +51,12 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
         ],
     )
     return app
+
+
+_without_slash = web.normalize_path_middleware(
+    append_slash=False, remove_slash=True, merge_slashes=False, redirect_class=web.HTTPTemporaryRedirect
+)
+"""`/metrics/` is sent on to `/metrics`, as by LMCache's own server."""
 
 
 async def call(request: web.Request, function: Callable[[], T], what: str) -> T:

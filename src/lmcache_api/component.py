@@ -26,9 +26,8 @@ class Version:
 
     number: str
     commit: str
-
-    def __str__(self) -> str:
-        return f"{self.number}-{self.commit}" if self.commit else self.number
+    whole: str
+    """Both in one, as LMCache writes it: `0.5.6-g3e11e108`."""
 
 
 class RunSummary(TypedDict):

@@ -1,11 +1,11 @@
 """pytest fixtures that bring internal API servers up, for whoever writes an endpoint.
 
-    pytest_plugins = ["lmcache_api.pytest_plugin", "lmcache_frontend.pytest_plugin"]
+pytest_plugins = ["lmcache_api.pytest_plugin", "lmcache_frontend.pytest_plugin"]
 
-    async def test_my_feature(api_server):
-        worker = await api_server(role="worker", internal_api_server_route_folders=["routes"])
-        async with worker.client.get("/my_feature") as response:
-            assert response.status == 200
+async def test_my_feature(api_server):
+    worker = await api_server(role="worker", internal_api_server_route_folders=["routes"])
+    async with worker.client.get("/my_feature") as response:
+        assert response.status == 200
 """
 
 from __future__ import annotations

@@ -13,12 +13,11 @@ import threading
 from types import TracebackType
 
 import uvloop
-from aiohttp import web
 
 from lmcache_api.app import create_app
 from lmcache_api.component import Component
 from lmcache_shared.errors import OpsError
-from lmcache_shared.listen import make_site
+from lmcache_shared.listen import make_runner, make_site
 from lmcache_shared.placement import place, serves
 
 logger = logging.getLogger(__name__)
@@ -44,11 +43,10 @@ class ComponentServer:
         self.component = component
         self.placement = place(component.settings, component.index)
         settings = component.settings
-        self._runner = web.AppRunner(
+        self._runner = make_runner(
             create_app(component),
+            drain_seconds=settings.internal_api_server_drain_seconds,
             access_log=logger if settings.internal_api_server_access_log else None,
-            shutdown_timeout=settings.internal_api_server_drain_seconds,
-            handler_cancellation=True,
         )
 
     async def start(self) -> None:

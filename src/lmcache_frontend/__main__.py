@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Sequence
@@ -22,11 +23,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return START_FAILED
     program.configure_logging(options.log_level)
 
-    async def serve() -> None:
+    async def serve(stop: asyncio.Event) -> None:
         async with FrontendServer(options) as server:
             count = sum(1 for _ in server.registry.nodes())
             print(f"frontend serves on http://{server.address} ({count} nodes)", flush=True)
-            await program.until_stopped()
+            await stop.wait()
             print("stopping", flush=True)
 
     return program.run(PROGRAM, serve)

@@ -1,10 +1,10 @@
-"""pytest fixtures that bring the frontend up on a free port; they go together with those of `lmcache_api.pytest_plugin`.
+"""pytest fixtures that bring the frontend up on a free port, beside those of `lmcache_api.pytest_plugin`.
 
-    async def test_through_the_proxy(api_server, frontend_server):
-        worker = await api_server(role="worker")
-        frontend = await frontend_server(nodes=[worker.node])
-        async with frontend.client.get(f"/proxy2/{worker.node['name']}/version") as response:
-            assert response.status == 200
+async def test_through_the_proxy(api_server, frontend_server):
+    worker = await api_server(role="worker")
+    frontend = await frontend_server(nodes=[worker.node])
+    async with frontend.client.get(f"/proxy2/{worker.node['name']}/version") as response:
+        assert response.status == 200
 """
 
 from __future__ import annotations

@@ -6,15 +6,13 @@ import logging
 from pathlib import Path
 from types import TracebackType
 
-from aiohttp import web
-
 from lmcache_frontend.app import create_app
 from lmcache_frontend.nodes.node import Node, Proxy, read_list
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options
 from lmcache_shared.address import TcpAddress, tcp_address
 from lmcache_shared.errors import ConfigError
-from lmcache_shared.listen import make_site
+from lmcache_shared.listen import make_runner, make_site
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +36,10 @@ class FrontendServer:
     def __init__(self, options: Options) -> None:
         self.address: TcpAddress = tcp_address(options.host, options.port)
         self.registry = Registry(read_nodes(options), host=options.host, port=options.port)
-        self._runner = web.AppRunner(
+        self._runner = make_runner(
             create_app(options, self.registry),
+            drain_seconds=DRAIN_SECONDS,
             access_log=logger if logger.isEnabledFor(logging.INFO) else None,
-            shutdown_timeout=DRAIN_SECONDS,
-            handler_cancellation=True,  # a caller that leaves ends its request to the target too
         )
 
     async def start(self) -> None:

@@ -67,9 +67,14 @@ def from_object(config: object, place: str = "configuration") -> Settings:
         ConfigError: a value is not what its key takes.
     """
     found = _Found()
-    named = (definition.name for definition in DEFINITIONS.values() if definition.section is None)
-    found.add_mapping({name: getattr(config, name) for name in named if hasattr(config, name)}, place)
+    found.add_mapping(attributes_of(config), place)
     return found.settings()
+
+
+def attributes_of(config: object) -> dict[str, Any]:
+    """The attributes of a configuration object that are settings, as they are."""
+    named = (definition.name for definition in DEFINITIONS.values() if definition.section is None)
+    return {name: getattr(config, name) for name in named if hasattr(config, name)}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import socket
 import stat
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from lmcache_shared.address import Address, TcpAddress, UnixAddress
 from lmcache_shared.errors import AddressError, AddressInUse
@@ -30,9 +32,36 @@ DEFAULT_SOCKET_MODE = 0o660
 BACKLOG = 128
 """Connections that wait to be accepted; more are refused by the kernel."""
 
+_http_logger = logging.getLogger("lmcache_shared.http")
+
+
+def _bad_request_in_one_line(record: logging.LogRecord) -> bool:
+    """aiohttp logs what is no HTTP as an error with a traceback; it is the caller's mistake, and told if asked for."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        record.msg = f"{record.getMessage()}: {' '.join(error.message.split())[:200]!r}"
+        record.args = record.exc_info = None
+        return _http_logger.isEnabledFor(logging.INFO)
+    return True
+
+
+_http_logger.addFilter(_bad_request_in_one_line)
+
 _FOLDER_LOCK_SECONDS = 5.0
 _PROBE_SECONDS = 1.0
 _MAX_COMMAND_LENGTH = 200
+
+
+def make_runner(app: web.Application, *, drain_seconds: float, access_log: logging.Logger | None) -> web.AppRunner:
+    """The runner of one server: its end gives requests `drain_seconds`; a caller that leaves ends its request."""
+    return web.AppRunner(
+        app,
+        access_log=access_log,
+        shutdown_timeout=drain_seconds,
+        handler_cancellation=True,
+        logger=_http_logger,
+    )
 
 
 def make_site(runner: web.BaseRunner, address: Address, *, socket_mode: int = DEFAULT_SOCKET_MODE) -> web.BaseSite:

@@ -30,25 +30,29 @@ def configure_logging(level: str) -> None:
     logging.basicConfig(level=LOG_LEVELS[level], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
-def run(program: str, main: Callable[[], Coroutine[Any, Any, None]]) -> int:
-    """Run `main()` to its end and return the exit code; a `StartError` becomes one line and exit code 2."""
+def run(program: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> int:
+    """Run `serve(stop)` to its end and return the exit code; a `StartError` becomes one line and exit code 2.
+
+    The first SIGINT or SIGTERM sets `stop`, from before anything is bound; a second one ends the process at once.
+    """
     try:
-        uvloop.run(main())
+        uvloop.run(_until_served(serve))
     except StartError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return START_FAILED
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     return 0
 
 
-async def until_stopped() -> None:
-    """Return at the first SIGINT or SIGTERM. A second one then ends the process at once."""
+async def _until_served(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
     loop = asyncio.get_running_loop()
-    stopped = asyncio.Event()
+    stop = asyncio.Event()
+
+    def first_signal() -> None:
+        stop.set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
-    await stopped.wait()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_DFL)
+        loop.add_signal_handler(number, first_signal)
+    await serve(stop)

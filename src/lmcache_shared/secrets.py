@@ -1,10 +1,11 @@
 """What looks like a secret, by its name or by its content, and is shown as `***`.
 
-A name is split into words at `_`, `-`, `.` and between small and capital letters; one word of `_SECRET_WORDS` makes it
-secret: `HF_TOKEN`, `PGPASSWORD` and `redisPassword` are, `TOKENIZERS_PARALLELISM` is not. `PWD` alone is the working folder. A plain
-number under a word that counts as often as it hides (`MAX_TOKENS=512`) is shown. A value is secret by content when it
-holds a well-known token, a private key, an `Authorization` value, a URL with a password or a signature, or an
-assignment such as `password=…` or `"api_key": "…"`. Both rules would rather mask too much.
+A name is split into words at `_`, `-`, `.` and between small and capital letters; one word of `_SECRET_WORDS`, or one
+that ends like `_SECRET_ENDINGS`, makes it secret: `HF_TOKEN`, `PGPASSWORD` and `redisPassword` are,
+`TOKENIZERS_PARALLELISM` is not. `PWD` alone is the working folder. A plain number under a word that counts as often as
+it hides (`MAX_TOKENS=512`) is shown. A value is secret by content when it holds a well-known token, a private key, an
+`Authorization` value, a URL with a password or a signature, or an assignment such as `password=…` or `"api_key": "…"`.
+Both rules would rather mask too much.
 """
 
 from __future__ import annotations

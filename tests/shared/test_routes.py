@@ -56,9 +56,7 @@ def test_a_file_is_read_anew_at_every_start(tmp_path: Path) -> None:
         (("/a", "post"), ("/a", "post")),
     ],
 )
-def test_a_route_that_is_taken_names_both(
-    tmp_path: Path, first: tuple[str, str], second: tuple[str, str]
-) -> None:
+def test_a_route_that_is_taken_names_both(tmp_path: Path, first: tuple[str, str], second: tuple[str, str]) -> None:
     write(tmp_path, "a_api", *first)
     write(tmp_path, "b_api", *second)
     with pytest.raises(RouteError) as refused:

@@ -6,6 +6,8 @@ attribute error of theirs becomes a 500 of ours.
 
 from __future__ import annotations
 
+import copy
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +16,12 @@ from prometheus_client import REGISTRY
 from prometheus_client.exposition import generate_latest
 
 from lmcache_api.component import PeriodicThreadStatus, Version
-from lmcache_shared.config import from_object
+from lmcache_shared.config import attributes_of, from_object
 from lmcache_shared.errors import ConfigError, Refusal
 from lmcache_shared.placement import SCHEDULER_INDEX, Role
+from lmcache_shared.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 _PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
 
@@ -36,7 +41,8 @@ class ManagerComponent:
                 f"{type(manager).__name__}: expected an object with the attributes of LMCache's manager"
                 " (config, lmcache_engine) or a Component"
             )
-        self.settings = from_object(config, f"{type(config).__name__} of the host process")
+        self._settings = HostSettings(config)
+        self._settings.read()
         self.script_adapter: object = manager
         self._manager = manager
         # LMCache's own rule: without an engine the component is the scheduler.
@@ -46,9 +52,16 @@ class ManagerComponent:
         self.metrics = HostMetrics()
 
     @property
+    def settings(self) -> Settings:
+        """As they are now: LMCache changes its configuration at run time."""
+        return self._settings.read()
+
+    @property
     def version(self) -> Version:
         utils = sys.modules.get("lmcache.utils")
-        return Version(str(getattr(utils, "VERSION", "unknown")), str(getattr(utils, "COMMIT_ID", "")))
+        if utils is None:
+            return Version("unknown", "unknown", "unknown")
+        return Version(str(utils.VERSION), str(utils.COMMIT_ID), str(utils.get_version()))
 
     def metadata(self) -> Mapping[str, Any] | None:
         """What LMCache tells: every public attribute that is no method; torch's types as texts."""
@@ -64,6 +77,35 @@ class ManagerComponent:
         if module is None:
             return []
         return [thread.get_status() for thread in module.PeriodicThreadRegistry.get_instance().get_all()]
+
+
+class HostSettings:
+    """The settings that the host's configuration object holds now, checked anew when it has changed.
+
+    What it holds may be changed into something that cannot be used; then the last settings that could are told.
+    """
+
+    def __init__(self, config: object) -> None:
+        self._config = config
+        self._seen: dict[str, Any] | None = None
+        self._settings = Settings()
+
+    def read(self) -> Settings:
+        """The settings.
+
+        Raises:
+            ConfigError: at the first reading, when a value cannot be used.
+        """
+        now = attributes_of(self._config)
+        if now != self._seen:
+            try:
+                self._settings = from_object(self._config, f"{type(self._config).__name__} of the host process")
+            except ConfigError as error:
+                if self._seen is None:
+                    raise
+                logger.warning("settings stay as they were: %s", error)
+            self._seen = copy.deepcopy(now)
+        return self._settings
 
 
 class HostMetrics:

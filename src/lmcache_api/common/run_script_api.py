@@ -57,11 +57,12 @@ class ScriptRunner:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._outcome: concurrent.futures.Future[str] = concurrent.futures.Future()
+        self._outcome: concurrent.futures.Future[str] | None = None
 
     @property
     def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        """Whether a script runs, be it one that was told to stop and goes on."""
+        return self._outcome is not None and not self._outcome.done()
 
     async def run(self, source: bytes, app: object, allowed: Sequence[str], seconds: float) -> str:
         """What the script answers.
@@ -82,7 +83,7 @@ class ScriptRunner:
         done, _ = await asyncio.wait({waiting}, timeout=STOP_SECONDS)
         if done:
             waiting.exception()
-        raise TimeoutError("it was stopped" if done else "it is in a call that cannot be stopped and goes on")
+        raise TimeoutError("it was stopped" if done else "it did not stop when told to and goes on")
 
     def stop(self) -> None:
         """Tell a script that still runs to stop.
@@ -90,7 +91,7 @@ class ScriptRunner:
         CPython raises the exception at the thread's next bytecode: a loop ends; a call into C (a sleep, a lock) goes
         on.
         """
-        if self._thread is not None and not self._outcome.done():
+        if self._thread is not None and self.busy:
             thread_id = ctypes.c_ulong(self._thread.ident or 0)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, ctypes.py_object(_Deadline))
 

@@ -25,7 +25,7 @@ class EmbeddedComponent:
         self.index = index
         self.role: Role = "scheduler" if index == SCHEDULER_INDEX else "worker"
         self.name = place(settings, index).name
-        self.version = Version(VERSION, "embedded")
+        self.version = Version(VERSION, "embedded", f"{VERSION}-embedded")
         self._world_size = world_size
         self._threads: list[PeriodicThread] = []
         self._health = HealthMonitor(self.periodic_threads)

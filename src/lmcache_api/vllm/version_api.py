@@ -11,7 +11,7 @@ router = web.RouteTableDef()
 @router.get("/version")
 async def version(request: web.Request) -> web.Response:
     """Number and commit, as one JSON string."""
-    return json_response(str(request.app[COMPONENT].version))
+    return json_response(request.app[COMPONENT].version.whole)
 
 
 @router.get("/lmc_version")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import aiohttp
@@ -31,6 +32,8 @@ KEEPALIVE_SECONDS = 4.0
 
 MAX_UNREGISTERED_TARGETS = 64
 """Clients kept for targets that are no registered nodes; the one unused for longest goes first."""
+
+MAX_REASON_LENGTH = 300
 
 _LEFT_OUT = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 """Fields that aiohttp's client would add where the caller sent none."""
@@ -124,8 +127,7 @@ async def forward(request: web.Request, target: Target, path: str) -> web.Stream
             logger.info("cannot connect to %s: %s", target.address, error)
             raise Refusal(502, _not_reached(target.address)) from None
         except (aiohttp.ClientError, ValueError) as error:
-            message = f"Error communicating with target service: {error or type(error).__name__}"
-            raise Refusal(502, message) from None
+            raise Refusal(502, f"Error communicating with target service: {reason(error)}") from None
         async with upstream:
             return await _send_back(request, upstream)
 
@@ -135,15 +137,50 @@ async def _send_back(request: web.Request, upstream: aiohttp.ClientResponse) -> 
         status=upstream.status, reason=upstream.reason, headers=response_headers(upstream.headers)
     )
     try:
-        await response.prepare(request)
-        async for chunk in upstream.content.iter_any():
-            await response.write(chunk)
+        with _lost_connections_end(upstream):
+            await response.prepare(request)
+            async for chunk in upstream.content.iter_any():
+                await response.write(chunk)
         await response.write_eof()
     except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as error:
         logger.info("%s %s broke off: %s", request.method, request.path, error or type(error).__name__)
         if request.transport is not None:
             request.transport.abort()
     return response
+
+
+@contextlib.contextmanager
+def _lost_connections_end(upstream: aiohttp.ClientResponse) -> Iterator[None]:
+    """Reading the answer ends with an error when its connection is gone and the answer is not whole.
+
+    aiohttp (3.14) closes the connection when the framing of a body breaks in the middle, but never tells the reader, who
+    would wait for ever.
+    """
+
+    def lost(_: object = None) -> None:
+        if not upstream.content.is_eof() and upstream.content.exception() is None:
+            upstream.content.set_exception(aiohttp.ClientPayloadError("the connection was lost before the end"))
+
+    protocol = upstream.connection.protocol if upstream.connection is not None else None
+    if protocol is None:  # the answer came whole with its head
+        yield
+        return
+    closed = protocol.closed
+    if closed is None:
+        lost()
+        yield
+        return
+    closed.add_done_callback(lost)
+    try:
+        yield
+    finally:
+        closed.remove_done_callback(lost)  # a connection serves many answers
+
+
+def reason(error: Exception) -> str:
+    """In one line: aiohttp tells of broken HTTP in several, with a pointer at the byte."""
+    text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)
+    return " ".join(text.split())[:MAX_REASON_LENGTH] or type(error).__name__
 
 
 def _not_reached(address: Address) -> str:

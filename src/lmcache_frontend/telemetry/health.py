@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import aiohttp
 
 from lmcache_frontend.nodes.node import Node
 from lmcache_frontend.nodes.registry import Registry
-from lmcache_frontend.proxy.transport import Target, Targets
+from lmcache_frontend.proxy.transport import Target, Targets, reason
 
 PROBE_SECONDS = 2.0
 """How long one node has to answer."""
@@ -118,5 +119,5 @@ def _short(value: object) -> str | None:
 
 def _problem(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
-        return error.os_error.strerror or "cannot connect"
-    return str(error)[:200] or type(error).__name__
+        return os.strerror(error.errno) if error.errno else "cannot connect"
+    return reason(error)

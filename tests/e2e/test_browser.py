@@ -1,0 +1,92 @@
+"""The pages in a real Chromium."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from lmcache_api.pytest_plugin import free_port
+from tests.e2e.processes import read_until, running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    names = (os.environ.get("CHROMIUM") or "", "chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if name and (found := shutil.which(name))), None)
+    assert path, "Chromium not found; `make test` installs it where it can, CHROMIUM names it"
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()
+
+
+class Seen:
+    """A page, and what went wrong in it or went out of it."""
+
+    def __init__(self, browser: Browser, port: int) -> None:
+        self.page: Page = browser.new_page(viewport={"width": 1200, "height": 700})
+        self.url = f"http://127.0.0.1:{port}/"
+        self.errors: list[str] = []
+        self.outside: list[str] = []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
+        self.page.on(
+            "request",
+            lambda request: None if request.url.startswith(self.url) else self.outside.append(request.url),
+        )
+
+
+def test_the_dashboard_lives_on_its_own_and_tells_when_it_is_old(browser: Browser, tmp_path: Path) -> None:
+    port = free_port()
+    node = f'[{{"name": "worker0", "host": "localhost", "port": "{tmp_path}/s_7000"}}]'
+    frontend = ["-m", "lmcache_frontend", "--host", "127.0.0.1", "--port", str(port), "--nodes", node]
+    seen = Seen(browser, port)
+    page = seen.page
+    with running(*frontend) as first:
+        read_until(first, "serves on")
+        page.goto(seen.url)
+        page.get_by_text("1 down").wait_for()
+        assert page.get_by_text("No such file or directory").is_visible()
+        with running(
+            "-m", "lmcache_api", "--role", "worker", f"--set=internal_api_server_socket_path_prefix={tmp_path}/s"
+        ) as api:
+            read_until(api, "serves on")
+            page.get_by_text("1 up").wait_for(timeout=15_000)  # without a reload
+            assert page.title() == "LMCache: 1 of 1 nodes up"
+            row = page.get_by_role("row").nth(1)
+            text = row.inner_text()
+            for expected in ("worker0", "up", "worker", "0.1.0-embedded", f"{tmp_path}/s_7000"):
+                assert expected in text
+            with page.expect_navigation():
+                row.get_by_role("link", name="metrics").click()
+            assert "lmcache:lmcache_is_healthy" in page.content()
+            page.goto(seen.url)
+            assert (seen.errors, seen.outside) == ([], [])
+            first.terminate()
+            first.wait(10)
+            page.locator("#offline").wait_for(timeout=15_000)  # the tab stays open while the frontend is gone
+            assert re.fullmatch(r"\d\d:\d\d:\d\d", page.locator("#since").inner_text())
+            assert page.title() == "LMCache: no answer"
+            with running(*frontend) as second:
+                read_until(second, "serves on")
+                page.locator("#offline").wait_for(state="hidden", timeout=15_000)
+                assert page.get_by_text("1 up").is_visible()
+                assert page.title() == "LMCache: 1 of 1 nodes up"
+    assert seen.outside == []
+    page.close()
+
+
+def test_a_frontend_without_nodes_says_what_to_do(browser: Browser) -> None:
+    port = free_port()
+    with running("-m", "lmcache_frontend", "--host", "127.0.0.1", "--port", str(port)) as frontend:
+        read_until(frontend, "serves on")
+        seen = Seen(browser, port)
+        seen.page.goto(seen.url)
+        assert seen.page.get_by_role("heading", name="No nodes yet").is_visible()
+        assert (seen.errors, seen.outside) == ([], [])
+        seen.page.close()

@@ -1,0 +1,172 @@
+"""`make run`'s cluster: real processes, sockets and signals."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmcache_api.pytest_plugin import free_port
+from tests.e2e.processes import ROOT, children_of, environment, read_until, running, wait_until_gone
+
+CLUSTER = "tools/local_cluster.py"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Short enough for sockets in it."""
+    made = tempfile.mkdtemp(prefix="lmc")
+    yield Path(made)
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture
+def arguments(folder: Path) -> list[str]:
+    """The seed configuration with its sockets in a folder of the test's own, and a free port."""
+    text = (ROOT / "config" / "lmcache.yaml").read_text()
+    assert "/tmp/lmcache_internal_api_server/socket" in text
+    (folder / "lmcache.yaml").write_text(text.replace("/tmp/lmcache_internal_api_server", f"{folder}/run"))
+    return ["--config", f"{folder}/lmcache.yaml", "--port", str(free_port())]
+
+
+def test_it_says_when_it_is_ready_and_ctrl_c_stops_all_of_it(folder: Path, arguments: list[str]) -> None:
+    with running(CLUSTER, *arguments) as cluster:
+        text = read_until(cluster, "Ctrl-C")
+        names = ["lmcache_scheduler", "lmcache_worker0", "lmcache_worker1"]
+        for name, port in zip(names, (6999, 7000, 7001), strict=True):
+            assert re.search(rf"{name} +{folder}/run/socket_{port}\n", text)
+        dashboard = re.search(r"Dashboard: (\S+)", text)
+        assert dashboard
+        with urllib.request.urlopen(dashboard[1], timeout=10) as response:
+            assert b"3 up" in response.read()
+        curls = re.findall(r"^  (curl .*)$", text, re.MULTILINE)
+        assert len(curls) == 2
+        answers = [subprocess.run(c, shell=True, capture_output=True, text=True, timeout=20).stdout for c in curls]
+        assert answers[0] == '"0.1.0-embedded"'
+        assert "lmcache:periodic_threads_total_count" in answers[1]
+        assert "%252F" in curls[1]
+        nodes = json.loads(urllib.request.urlopen(f"{dashboard[1]}api/nodes", timeout=10).read())
+        assert [child["name"] for child in nodes["nodes"][0]["children"]] == names
+        children = children_of(cluster.pid)
+        assert len(children) == 2
+        begun = time.monotonic()
+        os.kill(cluster.pid, signal.SIGINT)
+        assert cluster.wait(10) == 0
+        assert time.monotonic() - begun < 2
+        assert wait_until_gone(children, 0.5) == []
+        assert list((folder / "run").iterdir()) == []
+
+
+def test_requests_in_flight_do_not_hold_ctrl_c_up(folder: Path, arguments: list[str]) -> None:
+    config = folder / "lmcache.yaml"
+    config.write_text(config.read_text() + f"  internal_api_server_route_folders: [{folder}]\n")
+    (folder / "slow_api.py").write_text(
+        "import asyncio\nfrom aiohttp import web\nrouter = web.RouteTableDef()\n"
+        "@router.get('/slow')\nasync def slow(request):\n    await asyncio.sleep(100)\n"
+    )
+    with running(CLUSTER, *arguments) as cluster:
+        read_until(cluster, "Ctrl-C")
+        with socket.create_connection(("127.0.0.1", int(arguments[-1]))) as caller:
+            caller.sendall(b"GET /proxy2/lmcache_worker0/slow HTTP/1.1\r\nHost: x\r\n\r\n")
+            time.sleep(0.3)
+            begun = time.monotonic()
+            os.kill(cluster.pid, signal.SIGINT)
+            assert cluster.wait(10) == 0
+            assert time.monotonic() - begun < 2
+        assert list((folder / "run").iterdir()) == []
+
+
+def test_when_it_is_killed_its_children_end_too(folder: Path, arguments: list[str]) -> None:
+    with running(CLUSTER, *arguments) as cluster:
+        read_until(cluster, "Ctrl-C")
+        children = children_of(cluster.pid)
+        cluster.kill()
+        cluster.wait()
+        assert wait_until_gone(children, 5) == []
+        assert list((folder / "run").iterdir()) == []
+
+
+def test_a_child_that_ends_ends_the_cluster(folder: Path, arguments: list[str]) -> None:
+    with running(CLUSTER, *arguments) as cluster:
+        read_until(cluster, "Ctrl-C")
+        victim, other = children_of(cluster.pid)
+        os.kill(victim, signal.SIGKILL)
+        assert cluster.wait(10) == 1
+        assert wait_until_gone([other], 0.5) == []
+        assert cluster.stderr is not None
+        assert f"process {victim} ended with code -9" in cluster.stderr.read()
+
+
+def refused(arguments: list[str], user: int | None = None) -> str:
+    """The one line on standard error of a cluster that does not start."""
+    with running(CLUSTER, *arguments, user=user) as cluster:
+        out, err = cluster.communicate(timeout=20)
+    assert (cluster.returncode, out) == (2, "")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_a_port_in_use(folder: Path, arguments: list[str]) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", int(arguments[-1])))
+        sock.listen()
+        message = f"make run: 127.0.0.1:{arguments[-1]}: the port is in use; stop what listens there or choose another"
+        assert refused(arguments).startswith(message)
+    assert not (folder / "run").exists()
+
+
+def test_a_server_that_still_lives(folder: Path, arguments: list[str]) -> None:
+    (folder / "run").mkdir()
+    path = folder / "run" / "socket_7001"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        sock.listen()
+        assert refused(arguments).startswith(f"make run: {path}: process {os.getpid()} (")
+    assert list((folder / "run").iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written(folder: Path, arguments: list[str]) -> None:
+    blocked = folder / "run"
+    blocked.write_text("a file where the folder should be")
+    assert refused(arguments) == (f"make run: {blocked}/socket_6999: cannot make its folder: {blocked} is no folder\n")
+
+
+def test_a_configuration_that_is_broken(folder: Path, arguments: list[str]) -> None:
+    (folder / "lmcache.yaml").write_text("internal_api_server_port_start: x")
+    assert refused(arguments) == (
+        f'make run: {folder}/lmcache.yaml: internal_api_server_port_start: expected int, found "x"\n'
+    )
+
+
+def test_the_seed_configuration_by_hand(folder: Path, arguments: list[str]) -> None:
+    """`python -m lmcache_api --config` serves 6999 and 7000; `config.json` lists these two for the frontend."""
+    nodes = (ROOT / "config" / "config.json").read_text().replace("/tmp/lmcache_internal_api_server", f"{folder}/run")
+    (folder / "config.json").write_text(nodes)
+    port = arguments[-1]
+    with running("-m", "lmcache_api", *arguments[:2]) as api:
+        read_until(api, "worker0")
+        frontend_arguments = ["--config", f"{folder}/config.json", "--port", port, "--host", "127.0.0.1"]
+        with running("-m", "lmcache_frontend", *frontend_arguments) as frontend:
+            read_until(frontend, f"frontend serves on http://127.0.0.1:{port} (2 nodes)")
+            for name in ("scheduler", "worker0"):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/proxy2/{name}/version", timeout=10) as response:
+                    assert response.read() == b'"0.1.0-embedded"'
+            second = subprocess.run(
+                [frontend.args[0], "-m", "lmcache_frontend", *frontend_arguments],  # type: ignore[index]
+                capture_output=True, text=True, timeout=20, env=environment(), cwd=ROOT,
+            )  # fmt: skip
+            assert (second.returncode, second.stdout) == (2, "")
+            assert second.stderr.startswith(f"lmcache-frontend: 127.0.0.1:{port}: the port is in use")
+            frontend.send_signal(signal.SIGTERM)
+            assert frontend.wait(10) == 0
+        api.send_signal(signal.SIGTERM)
+        assert api.wait(10) == 0

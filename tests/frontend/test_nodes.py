@@ -1,0 +1,138 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmcache_frontend.nodes import node
+from lmcache_frontend.nodes.node import Node, read_list
+from lmcache_frontend.nodes.registry import Registry
+from lmcache_frontend.options import Options
+from lmcache_frontend.pytest_plugin import StartFrontend
+from lmcache_frontend.server import read_nodes
+from lmcache_shared.address import TcpAddress, UnixAddress
+from lmcache_shared.errors import ConfigError
+from tests.contract.exchanges import read
+
+N1 = {"name": "n1", "host": "127.0.0.1", "port": "/run/example/worker0.sock"}
+
+
+def entries(*items: object) -> list[Any]:
+    return read_list(json.dumps(items).encode(), "--nodes")
+
+
+async def test_health_and_nodes_as_recorded(frontend_server: StartFrontend) -> None:
+    frontend = await frontend_server(nodes=[N1])
+    recorded = {str(exchange): exchange.body for exchange in read("frontend.jsonl")}
+    recorded["GET /api/nodes"]["nodes"][0]["port"] = frontend.server.address.port
+    for path in ("/health", "/api/nodes"):
+        async with frontend.client.get(path) as response:
+            assert (response.status, response.content_type) == (200, "application/json")
+            assert await response.json() == recorded[f"GET {path}"]
+
+
+async def test_refusals_of_the_proxy_as_recorded(frontend_server: StartFrontend) -> None:
+    frontend = await frontend_server(nodes=[N1], socket_prefix="/tmp/")
+    exchanges = {str(exchange): exchange for exchange in read("frontend.jsonl")}
+    for name in ("GET /proxy2/nope/version", "GET /proxy/localhost/%252Ftmp%252Fno_such_socket/version"):
+        exchange = exchanges[name]
+        async with frontend.client.get(frontend.url + exchange.path.replace("%252F", "%2F")) as response:
+            assert (response.status, await response.json()) == (exchange.status, exchange.body)
+    refused = exchanges["GET /proxy/127.0.0.1/1/version"]
+    headers = {"X-Forwarded-For": "10.0.0.1"}  # a caller on this machine itself may reach its ports
+    async with frontend.client.get(refused.path, headers=headers) as response:
+        assert (response.status, await response.json()) == (refused.status, refused.body)
+
+
+def test_plain_nodes_are_children_of_local_proxy_and_proxies_stand_beside_it() -> None:
+    proxy = {"name": "p2", "host": "h2", "port": "8001", "nodes": [{"name": "w9", "host": "h2", "port": 8002}]}
+    registry = Registry(entries(N1, proxy), host="0.0.0.0", port=8000)
+    assert [(found.name, [child.name for child in found.nodes]) for found in registry.proxies()] == [
+        ("local_proxy", ["n1"]),
+        ("p2", ["w9"]),
+    ]
+    assert registry.find("n1") == UnixAddress("/run/example/worker0.sock")
+    assert registry.find("w9") == TcpAddress("h2", 8002)
+    assert registry.find("p2") == TcpAddress("h2", 8001)
+    assert registry.find("nope") is None
+    assert list(Registry([], host="x", port=1).proxies()) == []
+
+
+def test_other_keys_and_both_kinds_of_port_are_taken() -> None:
+    taken = entries({"name": "a", "host": "h", "port": 80, "proxy_id": "x", "zone": 5}, {**N1, "port": "81"})
+    assert [(entry.port, entry.address.port) for entry in taken] == [(80, 80), ("81", 81)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected a JSON list of nodes"),
+        ("{", "expected a JSON list of nodes"),
+        ("{}", "Expected `array`, got `object`"),
+        ("[1]", "Expected `object`, got `int` - at `$[0]`"),
+        ('[{"name": "a", "host": "h"}]', "missing required field `port` - at `$[0]`"),
+        ('[{"name": 1, "host": "h", "port": 1}]', "Expected `str`, got `int` - at `$[0].name`"),
+        ('[{"name": "", "host": "h", "port": 1}]', "length >= 1 - at `$[0].name`"),
+        ('[{"name": "a\\nb", "host": "h", "port": 1}]', "at `$[0].name`"),
+        ('[{"name": "a", "host": "h", "port": true}]', "Expected `int | str`, got `bool`"),
+        ('[{"name": "a", "host": "h", "port": 0}]', "--nodes: [0]: 'a': '0': expected a port from 1 to 65535"),
+        ('[{"name": "a", "host": "h h", "port": 1}]', "'h h': expected a host name"),
+        ('[{"name": "p", "host": "h", "port": 1, "nodes": [{"name": "a", "host": "h", "port": "x"}]}]',
+         "--nodes: [0].nodes[0]: 'a': 'x': expected a port"),
+        ('[{"name": "p", "host": "h", "port": 1, "nodes": [{"name": "a", "host": "h", "port": 1, "nodes": []}]}]',
+         "[0].nodes[0]: 'a' has nodes of its own"),
+        ("[" * 100_000, "expected a JSON list of nodes"),
+    ],
+)  # fmt: skip
+def test_what_is_no_list_of_nodes(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_list(text.encode(), "--nodes")
+    assert str(refused.value).startswith("--nodes: ")
+    assert message in str(refused.value)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_taken_or_refused(data: bytes) -> None:
+    try:
+        read_list(data, "x")
+    except ConfigError:
+        return
+
+
+def test_names_are_one_of_a_kind() -> None:
+    with pytest.raises(ConfigError, match="two nodes of local_proxy are named 'n1'"):
+        Registry(entries(N1, N1), host="h", port=1)
+    proxy = {"name": "p", "host": "h", "port": 1, "nodes": []}
+    with pytest.raises(ConfigError, match="two proxies are named 'p'"):
+        Registry(entries(proxy, proxy), host="h", port=1)
+    with pytest.raises(ConfigError, match="two proxies are named 'local_proxy'"):
+        Registry(entries({**proxy, "name": "local_proxy"}), host="h", port=1)
+
+
+def test_lists_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "MAX_NODES", 2)
+    with pytest.raises(ConfigError, match="3 nodes, but at most 2"):
+        entries(*[{**N1, "name": str(i)} for i in range(3)])
+
+
+def test_a_file_and_the_command_line_together(tmp_path: Path) -> None:
+    file = tmp_path / "nodes.json"
+    file.write_text(json.dumps([N1]))
+    both = read_nodes(Options(config=str(file), nodes='[{"name": "n2", "host": "h", "port": 1}]'))
+    assert [entry.name for entry in both if isinstance(entry, Node)] == ["n1", "n2"]
+    with pytest.raises(ConfigError, match=f"{tmp_path}/none: cannot read the nodes: No such file"):
+        read_nodes(Options(config=f"{tmp_path}/none"))
+    file.write_text("[")
+    with pytest.raises(ConfigError, match=f"{file}: expected a JSON list"):
+        read_nodes(Options(config=str(file)))
+
+
+def test_the_seed_files(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    found = read_nodes(Options(config=str(root / "config" / "config.json")))
+    assert [str(entry.address) for entry in found if isinstance(entry, Node)] == [
+        "/tmp/lmcache_internal_api_server/socket_6999",
+        "/tmp/lmcache_internal_api_server/socket_7000",
+    ]
