@@ -8,7 +8,7 @@ CONFIG ?= config/lmcache.yaml
 BIN := $(VENV)/bin
 SOURCES := src tests tools benchmarks hatch_build.py
 .DEFAULT_GOAL := help
-.PHONY: help run test test-lmcache lint format bench wheel clean
+.PHONY: help run test test-lmcache lint format docs bench wheel clean
 
 help:  ## show this
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ lint: $(VENV)/.lint  ## check format, lint, types and layers
 format: $(VENV)/.lint  ## format the code
 	@$(BIN)/ruff format $(SOURCES)
 	@$(BIN)/ruff check --fix $(SOURCES)
+
+docs: $(VENV)/.run  ## write the tables of settings and options into docs/
+	@$(BIN)/python tools/docs_tables.py
 
 bench: $(VENV)/.bench  ## measure beside FastAPI and uvicorn
 	@$(BIN)/python benchmarks/in_process.py

@@ -1,3 +1,3 @@
 """The fixtures of both programs, as a developer of an endpoint uses them."""
 
-pytest_plugins = ["lmcache_api.pytest_plugin", "lmcache_frontend.pytest_plugin"]
+pytest_plugins = ["pytester", "lmcache_api.pytest_plugin", "lmcache_frontend.pytest_plugin"]

@@ -56,6 +56,7 @@ def test_it_says_when_it_is_ready_and_ctrl_c_stops_all_of_it(folder: Path, argum
         assert "%252F" in curls[1]
         nodes = json.loads(urllib.request.urlopen(f"{dashboard[1]}api/nodes", timeout=10).read())
         assert [child["name"] for child in nodes["nodes"][0]["children"]] == names
+        _ask_as_the_readme_does(folder, arguments[-1])
         children = children_of(cluster.pid)
         assert len(children) == 2
         begun = time.monotonic()
@@ -64,6 +65,42 @@ def test_it_says_when_it_is_ready_and_ctrl_c_stops_all_of_it(folder: Path, argum
         assert time.monotonic() - begun < 2
         assert wait_until_gone(children, 0.5) == []
         assert list((folder / "run").iterdir()) == []
+
+
+def _ask_as_the_readme_does(folder: Path, port: str) -> None:
+    """Every curl line of the README, with this cluster's port and folder in it."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("curl")]
+    assert len(lines) >= 6
+    for line in lines:
+        there = line.replace("/tmp/lmcache_internal_api_server", f"{folder}/run").replace(":8080", f":{port}")
+        there = there.replace("%252Ftmp%252Flmcache_internal_api_server", f"{folder}/run".replace("/", "%252F"))
+        assert there != line
+        done = subprocess.run(f"{there} --fail --silent", shell=True, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 0, (there, done.stderr)
+        assert done.stdout
+
+
+def test_run_script_as_the_docs_write_it(folder: Path) -> None:
+    """`curl -X POST http://localhost:8080/proxy/localhost/8081/run_script -F "script=@scratch.py"`, ports adapted."""
+    text = (ROOT / "docs" / "internal-api.md").read_text()
+    line = re.search(r"^curl -X POST .*$", text, re.MULTILINE)
+    script = re.search(r"```python\n(# scratch\.py\n.*?)```", text, re.DOTALL)
+    assert line
+    assert script
+    (folder / "scratch.py").write_text(script[1])
+    api_port, port = str(free_port()), str(free_port())
+    settings = [f"internal_api_server_port_start={api_port}", "run_script_api_enabled=true"]
+    options = [f"--set={setting}" for setting in settings]
+    with (
+        running("-m", "lmcache_api", "--role", "scheduler", *options) as api,
+        running("-m", "lmcache_frontend", "--host", "127.0.0.1", "--port", port) as frontend,
+    ):
+        read_until(api, "serves on")
+        read_until(frontend, "serves on")
+        there = line[0].replace(":8080", f":{port}").replace("/8081/", f"/{api_port}/")
+        done = subprocess.run(f"{there} -s", shell=True, capture_output=True, text=True, timeout=20, cwd=folder)
+    assert done.stdout == api_port
 
 
 def test_requests_in_flight_do_not_hold_ctrl_c_up(folder: Path, arguments: list[str]) -> None:

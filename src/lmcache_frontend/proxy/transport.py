@@ -153,13 +153,13 @@ async def _send_back(request: web.Request, upstream: aiohttp.ClientResponse) -> 
 def _lost_connections_end(upstream: aiohttp.ClientResponse) -> Iterator[None]:
     """Reading the answer ends with an error when its connection is gone and the answer is not whole.
 
-    aiohttp (3.14) closes the connection when the framing of a body breaks in the middle, but never tells the reader, who
-    would wait for ever.
+    aiohttp (3.14) closes the connection when the framing of a body breaks in the middle, but never tells the reader,
+    who would wait for ever.
     """
 
     def lost(_: object = None) -> None:
         if not upstream.content.is_eof() and upstream.content.exception() is None:
-            upstream.content.set_exception(aiohttp.ClientPayloadError("the connection was lost before the end"))
+            upstream.content.set_exception(aiohttp.ClientPayloadError("the connection was lost"))
 
     protocol = upstream.connection.protocol if upstream.connection is not None else None
     if protocol is None:  # the answer came whole with its head

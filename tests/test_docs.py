@@ -1,0 +1,91 @@
+"""The docs cannot drift: settings, options, routes, links and code are held against the programs."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmcache_api import create_app
+from lmcache_api.__main__ import parser as api_parser
+from lmcache_api.embedded import EmbeddedComponent
+from lmcache_frontend.app import create_app as create_frontend
+from lmcache_frontend.nodes.registry import Registry
+from lmcache_frontend.options import Options
+from lmcache_shared.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+sys.path.insert(0, str(ROOT / "tools"))
+import docs_tables  # noqa: E402
+
+
+@pytest.mark.parametrize("page", docs_tables.TABLES)
+def test_tables_are_made_from_the_definitions(page: str) -> None:
+    name, table = docs_tables.TABLES[page]
+    text = (ROOT / "docs" / page).read_text()
+    assert text == docs_tables.with_table(text, name, table()), "run `make docs`"
+    assert len(table()) > 5
+
+
+def paths(app) -> set[str]:  # type: ignore[no-untyped-def]
+    return {re.sub(r"\{(\w+):[^}]*\}", "{path}", resource.canonical) for resource in app.router.resources()}
+
+
+def test_every_route_of_a_component_is_told() -> None:
+    text = (ROOT / "docs" / "internal-api.md").read_text()
+    missing = [path for path in paths(create_app(EmbeddedComponent(Settings()))) if f"`{path}`" not in text]
+    assert missing == []
+
+
+def test_every_route_of_the_frontend_is_told() -> None:
+    text = (ROOT / "docs" / "frontend.md").read_text()
+    app = create_frontend(Options(), Registry([], host="h", port=1))
+    assert [path for path in paths(app) if f"`{path}`" not in text] == []
+
+
+def test_every_option_of_the_api_server_is_told() -> None:
+    text = (ROOT / "docs" / "internal-api.md").read_text()
+    flags = [flag for action in api_parser()._actions for flag in action.option_strings if flag.startswith("--")]
+    assert len(flags) > 6
+    assert [flag for flag in flags if f"`{flag}" not in text and flag != "--help"] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_is_python(page: Path) -> None:
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        ast.parse(code)
+
+
+def test_the_readme_begins_with_the_two_commands_and_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    assert [line.split("#")[0].strip() for line in blocks[0].splitlines()] == ["make run", "make test"]
+    assert [page.name for page in PAGES[1:] if f"]({page.relative_to(ROOT)})" not in text] == []
+
+
+def test_the_makefile_has_what_the_docs_name() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for page in PAGES:
+        for target in re.findall(r"`make ([a-z-]+)", page.read_text()):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
+
+
+async def test_the_example_of_an_endpoint_and_its_test_work(tmp_path: Path, pytester: pytest.Pytester) -> None:
+    text = (ROOT / "docs" / "extending.md").read_text()
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        name = re.match(r"# (\S+\.py)\n", code)
+        assert name, code
+        (pytester.path / name[1]).write_text(code)
+    assert {path.name for path in pytester.path.glob("*.py")} == {"my_feature_api.py", "test_my_feature.py"}
+    pytester.makeini("[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function")
+    pytester.runpytest_subprocess().assert_outcomes(passed=1)

@@ -1,0 +1,66 @@
+"""Writes the tables of settings and options into `docs/`, from their one definition (`make docs`)."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from lmcache_frontend import options
+from lmcache_shared import settings
+from lmcache_shared.settings import Definition
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def settings_table() -> list[str]:
+    rows = settings.DEFINITIONS.values()
+    return [_row(f"`{row.key_path}`", f"`{row.env_name}`", _default(row), row.help) for row in rows]
+
+
+def options_table() -> list[str]:
+    rows = options.DEFINITIONS.values()
+    return [
+        _row(
+            f"`--{row.name.replace('_', '-')}`",
+            f"`{options.ENV_PREFIX}{row.name.upper()}`",
+            _default(row),
+            row.help,
+        )
+        for row in rows
+    ]
+
+
+TABLES = {"configuration.md": ("settings", settings_table), "frontend.md": ("options", options_table)}
+
+
+def with_table(text: str, name: str, rows: Iterable[str]) -> str:
+    """`text` with the rows of the table between the marks of `name` put in."""
+    marks = re.compile(rf"(<!-- {name}: [^\n]*-->\n\|[^\n]*\n\|[^\n]*\n).*?(<!-- end of {name} -->)", re.DOTALL)
+    if not marks.search(text):
+        raise SystemExit(f"no marks for the table {name!r}")
+    return marks.sub(lambda found: found[1] + "".join(f"{row}\n" for row in rows) + found[2], text)
+
+
+def _default(row: Definition) -> str:
+    if row.default is None or row.default == "":
+        return ""
+    if row.kind == settings.FileMode:
+        return f"`{row.default:04o}`"
+    return f"`{str(row.default).lower() if isinstance(row.default, bool) else row.default}`"
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    for page, (name, table) in TABLES.items():
+        path = DOCS / page
+        path.write_text(with_table(path.read_text(), name, table()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
