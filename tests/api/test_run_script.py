@@ -129,3 +129,15 @@ async def test_one_script_at_a_time_and_one_that_cannot_be_stopped_says_so(
     assert (await post(server, form("result = 1")))[0] == 409
     await asyncio.sleep(1)
     assert await post(server, form("result = 1")) == (200, "1")
+
+
+async def test_a_caller_that_leaves_ends_its_script(api_server: StartApi) -> None:
+    server = await api_server(run_script_api_enabled=True, run_script_seconds=60.0)
+    with pytest.raises(asyncio.TimeoutError):
+        await post(server, form("while True: pass"), timeout=aiohttp.ClientTimeout(total=0.3))
+    for _ in range(100):
+        status, _ = await post(server, form("result = 1"))
+        if status == 200:
+            return
+        await asyncio.sleep(0.05)
+    pytest.fail("the script runs on")

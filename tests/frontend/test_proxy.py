@@ -404,3 +404,25 @@ async def test_refusals(frontend_server: StartFrontend, path: str, status: int, 
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
     assert b"Content-Type: application/json\r\n" in answer
     assert detail.encode() in answer
+
+
+async def test_a_request_whose_body_breaks_is_no_500(
+    frontend_server: StartFrontend, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with serving(Upstream(talk=talk)) as upstream:
+        frontend = await frontend_for(frontend_server, upstream.node)
+        head = b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        answer = await raw(frontend.server.address.port, head + b"4\r\nhalf\r\nnonsense\r\n")
+        assert b" 500 " not in answer
+        _, writer = await asyncio.open_connection("127.0.0.1", frontend.server.address.port)
+        writer.write(head + b"4\r\nhalf\r\n")
+        await asyncio.sleep(0.1)
+        writer.write(b"nonsense\r\n")
+        await asyncio.sleep(0.1)
+        writer.close()
+        async with frontend.client.get("/health") as response:
+            assert response.status == 200
+    assert [record for record in caplog.records if record.exc_info] == []

@@ -76,7 +76,11 @@ class ScriptRunner:
         self._thread = threading.Thread(target=_work, args=work, name="run-script", daemon=True)
         self._thread.start()
         waiting = asyncio.wrap_future(self._outcome)
-        done, _ = await asyncio.wait({waiting}, timeout=seconds)
+        try:
+            done, _ = await asyncio.wait({waiting}, timeout=seconds)
+        except asyncio.CancelledError:  # the caller has left
+            self.stop()
+            raise
         if done:
             return waiting.result()
         self.stop()

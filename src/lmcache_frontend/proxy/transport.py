@@ -126,7 +126,7 @@ async def forward(request: web.Request, target: Target, path: str) -> web.Stream
         except aiohttp.ClientConnectorError as error:
             logger.info("cannot connect to %s: %s", target.address, error)
             raise Refusal(502, _not_reached(target.address)) from None
-        except (aiohttp.ClientError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise Refusal(502, f"Error communicating with target service: {reason(error)}") from None
         async with upstream:
             return await _send_back(request, upstream)

@@ -83,7 +83,7 @@ class HealthBoard:
                 return await asyncio.wait_for(_probe(node, await self._targets.get(node.address)), PROBE_SECONDS)
             except asyncio.TimeoutError:
                 return NodeHealth(node, False, problem=f"no answer within {PROBE_SECONDS:g} seconds")
-            except (aiohttp.ClientError, ValueError) as error:
+            except (aiohttp.ClientError, OSError, ValueError) as error:
                 return NodeHealth(node, False, problem=_problem(error))
 
 
