@@ -11,6 +11,7 @@ Both rules would rather mask too much.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -30,8 +31,7 @@ _NOT_SECRET_NAMES = frozenset({"PWD", "OLDPWD", "SSH_AUTH_SOCK", "XDG_SESSION_ID
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _PLAIN_COUNT = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,9})?|true|false|", re.IGNORECASE)
 
-_SECRET_CONTENT = re.compile(
-    r"""
+_SECRET_CONTENT = r"""
       -----BEGIN\ [A-Z ]{0,30}PRIVATE\ KEY
     | \b(?:bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}
     | \beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.                             # a JSON web token
@@ -42,9 +42,13 @@ _SECRET_CONTENT = re.compile(
     | [?&](?:sig|signature|x-amz-signature|x-goog-signature)=[^&\s]
     | (?:password|passwd|passphrase|secret|token|api[-_]?key|access[-_]?key|credential|(?<![a-z])pwd)s?
       ["']?\s{0,3}(?:[:=]|\s)\s{0,3}["']?(?![\s"',}&]|null\b|true\b|false\b|[0-9]{1,9}\b)[^\s"',}&]
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
+    """
+
+
+@functools.cache
+def _secret_content() -> re.Pattern[str]:
+    """Compiled when it is first needed, not when a host process imports the server."""
+    return re.compile(_SECRET_CONTENT, re.IGNORECASE | re.VERBOSE)
 
 
 def masked(values: Mapping[str, str], extra_names: Sequence[str] = ()) -> dict[str, str]:
@@ -57,7 +61,7 @@ def is_secret(name: str, value: str, patterns: Sequence[str] = ()) -> bool:
     """Whether the variable looks like a secret; `patterns` are name patterns in capitals."""
     if any(fnmatch.fnmatchcase(name.upper(), pattern) for pattern in patterns):
         return True
-    return _has_secret_name(name, value) or _SECRET_CONTENT.search(value) is not None
+    return _has_secret_name(name, value) or _secret_content().search(value) is not None
 
 
 def _has_secret_name(name: str, value: str) -> bool:

@@ -1,0 +1,62 @@
+"""What is installed: a new file in `common/` is served, and the wheel has all that the programs need."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.processes import ROOT, environment, read_until
+
+MY_FEATURE = """
+from aiohttp import web
+router = web.RouteTableDef()
+
+@router.get("/my_feature")
+async def my_feature(request):
+    return web.Response(text="mine")
+"""
+
+
+def test_a_new_file_in_common_is_served_at_the_next_start(tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "lmcache_api" / "common" / "my_feature_api.py").write_text(MY_FEATURE)
+    folder = Path(tempfile.mkdtemp(prefix="lmc"))
+    command = [sys.executable, "-m", "lmcache_api", "--role", "scheduler"]
+    child = subprocess.Popen(
+        [*command, f"--set=internal_api_server_socket_path_prefix={folder}/s"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(PYTHONPATH=str(source)),
+    )  # fmt: skip
+    try:
+        read_until(child, "serves on")
+        curl = ["curl", "-s", "--unix-socket", f"{folder}/s_6999", "http://localhost/my_feature"]
+        assert subprocess.run(curl, capture_output=True, text=True, timeout=20).stdout == "mine"
+    finally:
+        child.terminate()
+        child.communicate(timeout=20)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.timeout(300)
+def test_the_wheel_is_whole(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, timeout=280, capture_output=True)
+    (wheel,) = tmp_path.glob("lmcache_ops-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    tracked = subprocess.run(["git", "ls-files", "src"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    wanted = {line.removeprefix("src/") for line in tracked.splitlines()}
+    assert wanted - names == set()
+    assert "lmcache_frontend/pages/static/vendor/htmx.min.js" in names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        "lmcache_shared",
+        "lmcache_api",
+        "lmcache_frontend",
+    }
+    assert "lmcache-api = lmcache_api.__main__:main" in points
+    assert "lmcache-frontend = lmcache_frontend.__main__:main" in points
