@@ -31,7 +31,7 @@ _NOT_SECRET_NAMES = frozenset({"PWD", "OLDPWD", "SSH_AUTH_SOCK", "XDG_SESSION_ID
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _PLAIN_COUNT = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,9})?|true|false|", re.IGNORECASE)
 
-_SECRET_CONTENT = r"""
+_CONTENT_RULE = r"""
       -----BEGIN\ [A-Z ]{0,30}PRIVATE\ KEY
     | \b(?:bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}
     | \beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.                             # a JSON web token
@@ -48,7 +48,7 @@ _SECRET_CONTENT = r"""
 @functools.cache
 def _secret_content() -> re.Pattern[str]:
     """Compiled when it is first needed, not when a host process imports the server."""
-    return re.compile(_SECRET_CONTENT, re.IGNORECASE | re.VERBOSE)
+    return re.compile(_CONTENT_RULE, re.IGNORECASE | re.VERBOSE)
 
 
 def masked(values: Mapping[str, str], extra_names: Sequence[str] = ()) -> dict[str, str]:
