@@ -44,7 +44,7 @@ wheel: $(VENV)/.run  ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist src/lmcache_frontend/pages/static/vendor .*_cache
+	rm -rf $(VENV) build dist src/lmcache_frontend/pages/static/vendor .*_cache .hypothesis
 
 # The environment, once per set of dependencies; an interrupted installation is done again.
 $(VENV)/.run $(VENV)/.test $(VENV)/.lint $(VENV)/.bench: pyproject.toml hatch_build.py assets/package-lock.json

@@ -37,13 +37,13 @@ def paths(app) -> set[str]:  # type: ignore[no-untyped-def]
 def test_every_route_of_a_component_is_told() -> None:
     text = (ROOT / "docs" / "internal-api.md").read_text()
     missing = [path for path in paths(create_app(EmbeddedComponent(Settings()))) if f"`{path}`" not in text]
-    assert missing == []
+    assert missing == [], "tell of it in docs/internal-api.md"
 
 
 def test_every_route_of_the_frontend_is_told() -> None:
     text = (ROOT / "docs" / "frontend.md").read_text()
     app = create_frontend(Options(), Registry([], host="h", port=1))
-    assert [path for path in paths(app) if f"`{path}`" not in text] == []
+    assert [path for path in paths(app) if f"`{path}`" not in text] == [], "tell of it in docs/frontend.md"
 
 
 def test_every_option_of_the_api_server_is_told() -> None:

@@ -16,7 +16,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def settings_table() -> list[str]:
     rows = settings.DEFINITIONS.values()
-    return [_row(f"`{row.key_path}`", f"`{row.env_name}`", _default(row), row.help) for row in rows]
+    return [_row(f"`{row.key_path}`", f"`{row.env_name}`", _default(row), _meaning(row)) for row in rows]
 
 
 def options_table() -> list[str]:
@@ -26,7 +26,7 @@ def options_table() -> list[str]:
             f"`--{row.name.replace('_', '-')}`",
             f"`{options.ENV_PREFIX}{row.name.upper()}`",
             _default(row),
-            row.help,
+            _meaning(row),
         )
         for row in rows
     ]
@@ -41,6 +41,14 @@ def with_table(text: str, name: str, rows: Iterable[str]) -> str:
     if not marks.search(text):
         raise SystemExit(f"no marks for the table {name!r}")
     return marks.sub(lambda found: found[1] + "".join(f"{row}\n" for row in rows) + found[2], text)
+
+
+def _meaning(row: Definition) -> str:
+    """Its help, and the range of what is taken."""
+    if row.kind == settings.FileMode or (row.minimum is None and row.maximum is None):
+        return row.help
+    limits = f"{row.minimum:g} or more" if row.maximum is None else f"{row.minimum:g} to {row.maximum:.10g}"
+    return f"{row.help} ({limits})"
 
 
 def _default(row: Definition) -> str:

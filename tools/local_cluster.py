@@ -7,22 +7,23 @@ written is one line and exit code 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lmcache_shared import config
-from lmcache_shared.address import Address, TcpAddress, UnixAddress, tcp_address
-from lmcache_shared.errors import START_FAILED, StartError
+from lmcache_shared.address import TcpAddress, tcp_address
+from lmcache_shared.errors import START_FAILED, AddressError, ConfigError, StartError
 from lmcache_shared.listen import check_address_free
-from lmcache_shared.placement import Placement, place, serves
+from lmcache_shared.placement import MAX_WORKERS, Placement, place, serves
+from lmcache_shared.settings import Settings
 
 READY_SECONDS = 20.0
 STOP_SECONDS = 1.5
@@ -41,90 +42,112 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    children: list[subprocess.Popen[bytes]] = []
+    children: list[Child] = []
     try:
         return _run(options, stop, children)
     except StartError as error:
         print(f"make run: {error}", file=sys.stderr)
         return START_FAILED
+    except BrokenPipeError:  # `make run | head`
+        sys.stdout = None
+        return 1
     finally:
         _end(children)
 
 
-def _run(options: argparse.Namespace, stop: threading.Event, children: list[subprocess.Popen[bytes]]) -> int:
+def _run(options: argparse.Namespace, stop: threading.Event, children: list[Child]) -> int:
     settings = config.load(options.config)
-    placements = [place(settings, index) for index in range(1 + options.workers) if serves(settings, index)]
-    frontend = tcp_address(options.host, options.port)
+    placements = _placements(options, settings)
+    frontend = _frontend_address(options)
     for address in [frontend, *(placement.address for placement in placements)]:
         check_address_free(address)
-    prefix = settings.internal_api_server_socket_path_prefix or ""
     api = ["lmcache_api", "--config", options.config, "--workers", str(options.workers), "--log-level", "warning"]
     drain = ["--set", f"internal_api_server_drain_seconds={DRAIN_SECONDS}"]
     nodes = ["--nodes", json.dumps([placement.node for placement in placements])]
-    listen = ["--host", options.host, "--port", str(frontend.port), "--socket-prefix", prefix]
-    programs = [
-        ([*api, *drain], [placement.address for placement in placements]),
-        (["lmcache_frontend", *listen, *nodes], [frontend]),
-    ]
-    for command, addresses in programs:
-        children.append(_start(command))
-        code = _wait_until(lambda addresses=addresses: all(map(_answers, addresses)), children, stop)  # type: ignore[misc]
-        if stop.is_set() or code is not None:
-            return 0 if stop.is_set() else code or 1
-    print(_welcome(placements, frontend), flush=True)
+    prefix = ["--socket-prefix", settings.internal_api_server_socket_path_prefix or ""]
+    listen = ["--host", options.host, "--port", str(frontend.port)]
+    for name, command, servers in (
+        ("the internal API servers", [*api, *drain], len(placements)),
+        ("the frontend", ["lmcache_frontend", *listen, *prefix, *nodes], 1),
+    ):
+        child = Child(name, command)
+        children.append(child)
+        if not _wait_until_serving(child, servers, stop):
+            return child.process.returncode or 1  # it has said why
+    if not stop.is_set():
+        print(_welcome(placements, frontend), flush=True)
     while not stop.wait(0.2):
         for child in children:
-            if child.poll() is not None:
-                print(f"make run: process {child.pid} ended with code {child.returncode}", file=sys.stderr)
+            if child.ended:
+                print(f"make run: {child.name} ended with code {child.process.returncode}", file=sys.stderr)
                 return 1
     print("\nstopped", flush=True)
     return 0
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """In a session of its own: Ctrl-C reaches this program alone, which then ends its children in order."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    return subprocess.Popen(
-        [sys.executable, "-m", *command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-        # It ends with us, however we end; this program has one thread, so that the call between fork and exec is safe.
-        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509
-    )
+def _placements(options: argparse.Namespace, settings: Settings) -> list[Placement]:
+    if "internal_api_server_enabled" in settings.given and not settings.internal_api_server_enabled:
+        raise ConfigError(f"{options.config}: internal_api_server_enabled is false; there is nothing to start")
+    if not 0 <= options.workers <= MAX_WORKERS:
+        raise ConfigError(f"WORKERS={options.workers}: expected 0 to {MAX_WORKERS}")
+    placements = [place(settings, index) for index in range(1 + options.workers) if serves(settings, index)]
+    if not placements:
+        included = settings.internal_api_server_include_index_list
+        raise ConfigError(f"internal_api_server_include_index_list {included}: none of the components is in it")
+    return placements
 
 
-def _wait_until(
-    ready: Callable[[], bool], children: Sequence[subprocess.Popen[bytes]], stop: threading.Event
-) -> int | None:
-    """`None` when ready; otherwise the code of the child that ended, which has said why."""
+def _wait_until_serving(child: Child, servers: int, stop: threading.Event) -> bool:
+    """Whether the child serves, or is no longer wanted; not, when it has ended."""
     deadline = time.monotonic() + READY_SECONDS
-    while not ready():
-        for child in children:
-            if child.poll() is not None:
-                return child.returncode or 1
+    while not stop.is_set() and child.serving < servers:
+        if child.ended:
+            return False
         if time.monotonic() > deadline:
-            print(f"make run: not ready after {READY_SECONDS:g} seconds", file=sys.stderr)
-            return 1
-        if stop.wait(0.05):
-            return None
-    return None
-
-
-def _answers(address: Address) -> bool:
-    family = socket.AF_UNIX if isinstance(address, UnixAddress) else socket.AF_UNSPEC
-    try:
-        if family == socket.AF_UNIX:
-            with socket.socket(family) as sock:
-                sock.settimeout(1)
-                sock.connect(str(address))
-        else:
-            assert isinstance(address, TcpAddress)
-            host = {ANY_IPV4: "127.0.0.1", "::": "::1"}.get(address.host, address.host)
-            socket.create_connection((host, address.port), timeout=1).close()
-    except OSError:
-        return False
+            raise StartError(f"{child.name} did not get ready within {READY_SECONDS:g} seconds")
+        stop.wait(0.02)
+        child.read()
     return True
+
+
+def _frontend_address(options: argparse.Namespace) -> TcpAddress:
+    try:
+        return tcp_address(options.host, options.port)
+    except AddressError as error:
+        raise ConfigError(f"HOST={options.host} PORT={options.port}: {error}") from None
+
+
+class Child:
+    """A program of ours, in a session of its own: Ctrl-C reaches `make run` alone, which ends its children in order.
+
+    `serving` counts the servers that it has said to serve; only what a child says itself counts, because on the same
+    address somebody else may answer.
+    """
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.name = name
+        self.serving = 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            # It ends with us, however we end; this program has one thread, so the call between fork and exec is safe.
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509
+        )
+        assert self.process.stdout is not None, "it was started with a pipe"
+        self._output = self.process.stdout.fileno()
+        os.set_blocking(self._output, False)
+
+    def read(self) -> None:
+        """Take what the child has printed since; a line is printed in one piece."""
+        with contextlib.suppress(BlockingIOError):
+            self.serving += os.read(self._output, 1 << 16).count(b" serves on ")
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
 
 
 def _welcome(placements: Sequence[Placement], frontend: TcpAddress) -> str:
@@ -146,18 +169,18 @@ Try:
 Ctrl-C stops all of it."""
 
 
-def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(children: Sequence[Child]) -> None:
     """Ask every child to end, and end those that have not after a while."""
     for child in children:
-        if child.poll() is None:
-            child.terminate()
+        if not child.ended:
+            child.process.terminate()
     deadline = time.monotonic() + STOP_SECONDS
     for child in children:
         try:
-            child.wait(max(0.0, deadline - time.monotonic()))
+            child.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            os.killpg(child.process.pid, signal.SIGKILL)
+            child.process.wait()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from lmcache_shared import config, program
 from lmcache_shared.errors import ConfigError
 from lmcache_shared.placement import MAX_WORKERS, SCHEDULER_INDEX, serves
 from lmcache_shared.settings import Settings
+from lmcache_shared.version import VERSION
 
 PROGRAM = "lmcache-api"
 
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Settings come from the file, then the environment (LMCACHE_<KEY>), then the command line.",
     )
     parser.add_argument("--config", metavar="FILE", help="lmcache.yaml; default: what LMCACHE_CONFIG_FILE names")
+    parser.add_argument("--version", action="version", version=VERSION)
     parser.add_argument(
         "--role", choices=("all", "scheduler", "worker"), default="all", help="what to serve (default: %(default)s)"
     )
@@ -36,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="set one setting; may be repeated"
     )
-    parser.add_argument("--log-level", choices=tuple(program.LOG_LEVELS), default="info", help="default: %(default)s")
+    parser.add_argument(
+        "--log-level", type=str.lower, choices=tuple(program.LOG_LEVELS), default="info", help="default: %(default)s"
+    )
     return parser
 
 
@@ -52,7 +56,7 @@ async def serve(options: argparse.Namespace, stop: asyncio.Event) -> None:
     Raises:
         StartError: an option, a setting or an address cannot be used; nothing is left behind.
     """
-    host = [f"internal_api_server_host={options.host}"] if options.host else []
+    host = [f"internal_api_server_host={options.host}"] if options.host is not None else []
     settings = config.load(options.config, overrides=[*options.set, *host])
     wanted = _indexes(options)
     if "internal_api_server_enabled" not in settings.given:

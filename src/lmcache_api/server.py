@@ -46,7 +46,7 @@ class ComponentServer:
         self._runner = make_runner(
             create_app(component),
             drain_seconds=settings.internal_api_server_drain_seconds,
-            access_log=logger if settings.internal_api_server_access_log else None,
+            access_log=logger.getChild(self.placement.name) if settings.internal_api_server_access_log else None,
         )
 
     async def start(self) -> None:
@@ -116,6 +116,9 @@ class InternalAPIServer:
                 )
         except OpsError as error:
             self._fail(error)
+        except Exception as error:  # an attribute of the host's object that raises, say
+            logger.debug("what went wrong", exc_info=True)
+            self._fail(OpsError(f"{type(error).__name__}: {error}"))
 
     @property
     def address(self) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lmcache_shared.config import convert
@@ -51,10 +51,14 @@ def parser() -> argparse.ArgumentParser:
         parser.add_argument(
             flag,
             action="append" if many else "store",
-            metavar="X",
+            metavar=_metavar(definition.name),
             help=f"{definition.help} Environment: {ENV_PREFIX}{definition.name.upper()}{default}",
         )
     return parser
+
+
+def _metavar(name: str) -> str:
+    return {"nodes": "JSON", "config": "FILE", "route_folder": "DIR", "socket_prefix": "PATH"}.get(name, name.upper())
 
 
 def read_options(arguments: Sequence[str] | None, environ: Mapping[str, str]) -> Options:
@@ -72,6 +76,9 @@ def read_options(arguments: Sequence[str] | None, environ: Mapping[str, str]) ->
         elif variable in environ:
             values[name] = convert(environ[variable], definition, f"environment: {variable}")
     options = Options(**values)
+    options = replace(options, log_level=options.log_level.lower())
     if options.log_level not in LOG_LEVELS:
         raise ConfigError(f"--log-level {options.log_level}: expected one of {', '.join(LOG_LEVELS)}")
+    if options.socket_prefix is not None and not options.socket_prefix.startswith("/"):
+        raise ConfigError(f"--socket-prefix {options.socket_prefix}: the path of a Unix socket starts with /")
     return options

@@ -137,7 +137,7 @@ def tcp_address(host: str, port: int | str) -> TcpAddress:
     text = str(port)
     number = int(text) if _DIGITS.fullmatch(text) else 0
     if not 1 <= number <= 65535:
-        raise AddressError(f"{text[:300]!r}: expected a port from 1 to 65535 or the path of a Unix socket")
+        raise AddressError(f"{text[:300]!r}: expected a port from 1 to 65535")
     return TcpAddress(bare, number)
 
 

@@ -7,6 +7,7 @@ default, this stops with an error that names the file, the key path, what was ex
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import math
@@ -30,6 +31,9 @@ CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 MAX_FILE_BYTES = 1 << 20
 """Largest configuration file that is read."""
 
+OUR_PREFIXES = ("internal_api_server_", "run_script_")
+"""Settings that begin like this are all in the table."""
+
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 
@@ -50,7 +54,8 @@ def load(
     Raises:
         ConfigError: a source cannot be read, or a value is not what its key takes.
     """
-    path = path or environ.get(CONFIG_FILE_VARIABLE) or None
+    if path is None:
+        path = environ.get(CONFIG_FILE_VARIABLE) or None
     found = _Found()
     if path is not None:
         found.add_mapping(read_yaml(path), str(path))
@@ -124,6 +129,7 @@ class _Found:
             elif name in DEFINITIONS:
                 self.values[name] = convert(value, DEFINITIONS[name], f"{place}: {name}")
             else:
+                _warn_of_a_slip(name, f"{place}: {name}")
                 self.unknown[name] = value
 
     def add_environment(self, environ: Mapping[str, str]) -> None:
@@ -132,6 +138,9 @@ class _Found:
         mapping = {name: _unquoted(environ[variable]) for name, variable in variables.items() if variable in environ}
         for name, value in _with_current_names(mapping, "environment").items():
             self._set(name, value, f"environment: {variables[name] if name in mapping else name}")
+        for variable in environ.keys() - variables.values():
+            if variable.startswith(ENV_PREFIX):
+                _warn_of_a_slip(variable.removeprefix(ENV_PREFIX).lower(), f"environment: {variable}")
 
     def add_override(self, override: str) -> None:
         key, equals, value = override.partition("=")
@@ -139,6 +148,9 @@ class _Found:
         if not equals or not key:
             raise ConfigError(f"--set {override}: expected key=value")
         ((name, text),) = _with_current_names({key: _unquoted(value)}, "--set").items()
+        inner = name.removeprefix(f"{EXTRA}.")
+        if inner not in DEFINITIONS and inner.startswith(OUR_PREFIXES):
+            raise ConfigError(f"--set {key}: there is no such setting{_did_you_mean(inner)}")
         self._set(name, text, f"--set {key}")
 
     def _set(self, name: str, text: str, place: str) -> None:
@@ -158,6 +170,9 @@ class _Found:
 
     def _set_extra(self, value: Any, place: str) -> None:
         mapping = convert(value, DEFINITIONS[EXTRA], place)
+        for name in mapping or ():
+            if name not in DEFINITIONS:
+                _warn_of_a_slip(name, f"{place}.{name}")
         for name in [n for n, d in DEFINITIONS.items() if d.section == EXTRA]:
             self.values.pop(name, None)  # a later source replaces the section as a whole, as LMCache does
             if mapping and name in mapping:
@@ -167,6 +182,17 @@ class _Found:
     def settings(self) -> Settings:
         given = frozenset(self.values) | ({EXTRA} if self.extra is not None else frozenset())
         return Settings(**self.values, extra_config=self.extra, unknown=self.unknown, given=given)
+
+
+def _warn_of_a_slip(name: str, place: str) -> None:
+    """A key that begins like ours and is none is a slip; LMCache's many others are not ours to judge."""
+    if name.startswith(OUR_PREFIXES):
+        logger.warning("%s: there is no such setting; it is ignored%s", place, _did_you_mean(name))
+
+
+def _did_you_mean(name: str) -> str:
+    close = difflib.get_close_matches(name, DEFINITIONS, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _with_current_names(mapping: Mapping[str, Any], place: str) -> dict[str, Any]:

@@ -63,7 +63,10 @@ class Refusal(OpsError):
 async def refusals(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give every failure the one JSON shape; a bug is logged in full and answered without a traceback."""
     try:
-        return await handler(request)
+        response = await handler(request)
+        if not isinstance(response, web.StreamResponse):
+            raise TypeError(f"the handler of {request.path} returned a {type(response).__name__} and no response")
+        return response
     except Refusal as refusal:
         return refusal.response()
     except web.HTTPException as error:

@@ -58,6 +58,7 @@ def make_runner(app: web.Application, *, drain_seconds: float, access_log: loggi
     return web.AppRunner(
         app,
         access_log=access_log,
+        access_log_format='%a "%r" %s %b bytes %Tf s',
         shutdown_timeout=drain_seconds,
         handler_cancellation=True,
         logger=_http_logger,

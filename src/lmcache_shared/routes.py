@@ -18,6 +18,7 @@ import importlib.util
 import pkgutil
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def from_packages(packages: Iterable[str], suffix: str) -> Iterator[RouteModule]
             origin = f"{package}.{name}"
             try:
                 module = importlib.import_module(origin)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise _import_failed(origin, error) from error
             yield _route_module(origin, module)
 
@@ -75,7 +76,7 @@ def from_folders(folders: Iterable[str | Path], suffix: str) -> Iterator[RouteMo
             try:
                 spec.loader.exec_module(module)
                 found = _route_module(origin, module)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 sys.modules.pop(spec.name, None)
                 if isinstance(error, RouteError):
                     raise
@@ -94,7 +95,7 @@ def from_entry_points(group: str) -> Iterator[RouteModule]:
         origin = f"{point.value} (entry point {point.name!r} of {package})"
         try:
             module = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _import_failed(origin, error) from error
         yield _route_module(origin, module)
 
@@ -134,5 +135,8 @@ def _route_module(origin: str, module: object) -> RouteModule:
     return RouteModule(origin, router, getattr(module, "setup", None))
 
 
-def _import_failed(origin: str, error: Exception) -> RouteError:
-    return RouteError(f"{origin}: cannot be imported: {type(error).__name__}: {error}")
+def _import_failed(origin: str, error: BaseException) -> RouteError:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f" ({last.filename}, line {last.lineno})"
+    text = " ".join(str(error).split())
+    return RouteError(f"{origin}: cannot be imported: {type(error).__name__}: {text}{where}")

@@ -46,7 +46,7 @@ async def test_off_unless_enabled(api_server: StartApi) -> None:
         ("result = app.state.lmcache_adapter.config.lmcache_instance_id", 200, "mine"),
         ("import time\nresult = time.time() > 0", 200, "True"),
         ("def double(x): return factor * x\nfactor = 2\nresult = double(len([4]))", 200, "2"),
-        ("1 / 0", 500, "Error executing script: division by zero"),
+        ("x = 1\n1 / 0", 500, "Error executing script: division by zero (line 2)"),
         ("import os", 500, "Error executing script: Import of 'os' is not allowed (script_allowed_imports: time)"),
         ("open('/etc/passwd')", 500, "Error executing script: name 'open' is not defined"),
         ("raise Exception", 500, "Error executing script: Exception"),

@@ -92,9 +92,23 @@ def test_nothing_takes_the_host_down(tmp_path: Path, caplog: pytest.LogCaptureFi
     long.start()
     long.stop()
     assert isinstance(InternalAPIServer(object()).failure, ConfigError)
+    assert "worker_id: expected a number from 0, found -1" in str(InternalAPIServer(manager(-1)).failure)
+    assert "but its lmcache_engine has no config" in str(
+        InternalAPIServer(SimpleNamespace(config=1, lmcache_engine=object())).failure
+    )
+
+    class Raising:
+        @property
+        def lmcache_engine(self) -> None:
+            raise RuntimeError("boom")
+
+    assert str(InternalAPIServer(Raising()).failure) == "RuntimeError: boom"
+    (tmp_path / "leaving_api.py").write_text("import sys\nsys.exit(3)")
+    leaving = manager(0, extra_config={"internal_api_server_route_folders": [str(tmp_path)]})
+    assert isinstance(InternalAPIServer(leaving).failure, RouteError)
     broken = manager(0, extra_config={"internal_api_server_route_folders": ["/no/such/folder"]})
     assert isinstance(InternalAPIServer(broken).failure, RouteError)
-    assert caplog.text.count("internal API does not serve: ") == 4
+    assert caplog.text.count("internal API does not serve: ") == 8
 
 
 async def test_in_the_callers_loop(tmp_path: Path) -> None:
@@ -135,15 +149,15 @@ async def test_requests_in_flight_end_and_new_ones_are_refused(tmp_path: Path) -
 
 
 async def test_a_new_endpoint_in_a_folder_or_with_chosen_categories(tmp_path: Path) -> None:
-    (tmp_path / "my_feature_api.py").write_text(
+    (tmp_path / "made_here_api.py").write_text(
         "from aiohttp import web\nfrom lmcache_api.app import COMPONENT\nrouter = web.RouteTableDef()\n"
-        "@router.get('/my_feature')\nasync def mine(request):\n"
+        "@router.get('/made_here')\nasync def mine(request):\n"
         "    return web.json_response({'role': request.app[COMPONENT].role})\n"
     )
     settings = Settings(internal_api_server_route_folders=[str(tmp_path)])
     app = create_app(EmbeddedComponent(settings, 1), categories=["common"])
     paths = {resource.canonical for resource in app.router.resources()}
-    assert {"/my_feature", "/metrics"} <= paths
+    assert {"/made_here", "/metrics"} <= paths
     assert "/version" not in paths
 
 
@@ -172,6 +186,21 @@ async def test_settings_of_the_host_are_read_as_they_are_now(tmp_path: Path, cap
     assert component.settings.run_script_max_bytes == 7
     assert component.settings.run_script_max_bytes == 7
     assert caplog.text.count("settings stay as they were") == 1
+
+
+async def test_a_handler_that_returns_no_response_is_a_500_in_the_one_shape(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "wrong_api.py").write_text(
+        "from aiohttp import web\nrouter = web.RouteTableDef()\n"
+        "@router.get('/wrong')\nasync def wrong(request):\n    return 'text'\n"
+    )
+    settings = Settings(
+        internal_api_server_socket_path_prefix=f"{tmp_path}/s", internal_api_server_route_folders=[str(tmp_path)]
+    )
+    async with ComponentServer(EmbeddedComponent(settings, 0)) as server:
+        assert await ask(server, "/wrong") == (500, '{"detail":"Internal Server Error"}')
+    assert "the handler of /wrong returned a str and no response" in caplog.text
 
 
 async def test_a_slash_too_many_is_taken_off(tmp_path: Path) -> None:

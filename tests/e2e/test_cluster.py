@@ -140,7 +140,7 @@ def test_a_child_that_ends_ends_the_cluster(folder: Path, arguments: list[str]) 
         assert cluster.wait(10) == 1
         assert wait_until_gone([other], 0.5) == []
         assert cluster.stderr is not None
-        assert f"process {victim} ended with code -9" in cluster.stderr.read()
+        assert " ended with code -9" in cluster.stderr.read()
 
 
 def refused(arguments: list[str], user: int | None = None) -> str:
@@ -184,6 +184,38 @@ def test_a_configuration_that_is_broken(folder: Path, arguments: list[str]) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "more", "message"),
+    [
+        ("internal_api_server_enabled: false", [], "internal_api_server_enabled is false; there is nothing to start"),
+        ("internal_api_server_include_index_list: [9]", [], "[9]: none of the components is in it"),
+        ("", ["--workers", "-1"], "WORKERS=-1: expected 0 to 1024"),
+        ("", ["--port", "80x"], "PORT=80x: '80x': expected a port from 1 to 65535"),
+    ],
+)
+def test_what_leaves_nothing_to_start(
+    folder: Path, arguments: list[str], line: str, more: list[str], message: str
+) -> None:
+    file = folder / "lmcache.yaml"
+    file.write_text(file.read_text().replace("internal_api_server_enabled: True", "") + f"\n{line}\n")
+    assert message in refused([*arguments, *more])
+
+
+def test_of_two_at_once_one_serves_and_the_other_never_says_that_it_is_ready(
+    folder: Path, arguments: list[str]
+) -> None:
+    other = [*arguments[:2], "--port", str(free_port())]
+    with running(CLUSTER, *arguments) as first, running(CLUSTER, *other) as second:
+        deadline = time.monotonic() + 20
+        while first.poll() is None and second.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        loser, winner = (first, second) if first.poll() is not None else (second, first)
+        assert loser.returncode == 2
+        assert loser.stdout is not None
+        assert loser.stdout.read() == ""
+        read_until(winner, "Ctrl-C")
+
+
 def test_the_seed_configuration_by_hand(folder: Path, arguments: list[str]) -> None:
     """`python -m lmcache_api --config` serves 6999 and 7000; `config.json` lists these two for the frontend."""
     nodes = (ROOT / "config" / "config.json").read_text().replace("/tmp/lmcache_internal_api_server", f"{folder}/run")
@@ -194,7 +226,7 @@ def test_the_seed_configuration_by_hand(folder: Path, arguments: list[str]) -> N
         frontend_arguments = ["--config", f"{folder}/config.json", "--port", port, "--host", "127.0.0.1"]
         with running("-m", "lmcache_frontend", *frontend_arguments) as frontend:
             read_until(frontend, f"frontend serves on http://127.0.0.1:{port} (2 nodes)")
-            for name in ("scheduler", "worker0"):
+            for name in ("lmcache_scheduler", "lmcache_worker0"):
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/proxy2/{name}/version", timeout=10) as response:
                     assert response.read() == b'"0.1.0-embedded"'
             second = subprocess.run(

@@ -15,8 +15,8 @@ MY_FEATURE = """
 from aiohttp import web
 router = web.RouteTableDef()
 
-@router.get("/my_feature")
-async def my_feature(request):
+@router.get("/put_there")
+async def put_there(request):
     return web.Response(text="mine")
 """
 
@@ -24,7 +24,7 @@ async def my_feature(request):
 def test_a_new_file_in_common_is_served_at_the_next_start(tmp_path: Path) -> None:
     source = tmp_path / "src"
     shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
-    (source / "lmcache_api" / "common" / "my_feature_api.py").write_text(MY_FEATURE)
+    (source / "lmcache_api" / "common" / "put_there_api.py").write_text(MY_FEATURE)
     folder = Path(tempfile.mkdtemp(prefix="lmc"))
     command = [sys.executable, "-m", "lmcache_api", "--role", "scheduler"]
     child = subprocess.Popen(
@@ -33,7 +33,7 @@ def test_a_new_file_in_common_is_served_at_the_next_start(tmp_path: Path) -> Non
     )  # fmt: skip
     try:
         read_until(child, "serves on")
-        curl = ["curl", "-s", "--unix-socket", f"{folder}/s_6999", "http://localhost/my_feature"]
+        curl = ["curl", "-s", "--unix-socket", f"{folder}/s_6999", "http://localhost/put_there"]
         assert subprocess.run(curl, capture_output=True, text=True, timeout=20).stdout == "mine"
     finally:
         child.terminate()

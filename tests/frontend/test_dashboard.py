@@ -79,6 +79,27 @@ async def test_a_node_that_hangs_delays_the_page_by_its_deadline_and_no_more(
     assert [(entry.up, entry.problem) for entry in found] == [(False, "no answer within 0.2 seconds"), (True, None)]
 
 
+async def test_nodes_that_a_round_did_not_reach_come_first_in_the_next(
+    frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "BOARD_SECONDS", 0.3)
+    monkeypatch.setattr(health, "FRESH_SECONDS", 0)
+    monkeypatch.setattr(health, "PROBES_AT_ONCE", 1)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(30)
+
+    async with serving(Upstream(talk=talk)) as hanging, serving(Upstream()) as fine:
+        frontend = await frontend_server(nodes=[{**hanging.node, "name": "a"}, {**fine.node, "name": "b"}])
+        board = frontend.server._runner.app[HEALTH]
+        assert [entry.up for entry in await board.read()] == [None, None]
+        monkeypatch.setattr(health, "PROBE_SECONDS", 0.1)
+        assert [entry.up for entry in await board.read()] == [False, True]
+        board._late = {entry.node for entry in await board.read() if entry.node.name == "b"}
+        monkeypatch.setattr(health, "PROBE_SECONDS", 30)
+        assert [entry.up for entry in await board.read()] == [None, True]
+
+
 async def test_too_many_slow_nodes_leave_some_unknown(
     frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

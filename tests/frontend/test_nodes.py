@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmcache_api.pytest_plugin import StartApi
+from lmcache_frontend.app import HEALTH
 from lmcache_frontend.nodes import node
-from lmcache_frontend.nodes.node import Node, read_list
+from lmcache_frontend.nodes.node import Node, Reach, read_list
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options
 from lmcache_frontend.pytest_plugin import StartFrontend
@@ -53,11 +55,38 @@ def test_plain_nodes_are_children_of_local_proxy_and_proxies_stand_beside_it() -
         ("local_proxy", ["n1"]),
         ("p2", ["w9"]),
     ]
-    assert registry.find("n1") == UnixAddress("/run/example/worker0.sock")
-    assert registry.find("w9") == TcpAddress("h2", 8002)
-    assert registry.find("p2") == TcpAddress("h2", 8001)
+    assert registry.find("n1") == Reach(UnixAddress("/run/example/worker0.sock"))
+    assert registry.find("w9") == Reach(TcpAddress("h2", 8002))
+    assert registry.find("p2") == Reach(TcpAddress("h2", 8001))
     assert registry.find("nope") is None
     assert list(Registry([], host="x", port=1).proxies()) == []
+
+
+def test_a_socket_behind_a_proxy_lies_on_the_proxys_machine() -> None:
+    proxy = {"name": "p2", "host": "h2", "port": 8001, "nodes": [{"name": "w", "host": "x", "port": "/run/w"}]}
+    registry = Registry(entries(proxy, {**N1, "name": "w"}), host="h", port=1)
+    behind = Reach(TcpAddress("h2", 8001), "/proxy/localhost/%252Frun%252Fw")
+    assert [node.reach for node in registry.nodes()] == [Reach(UnixAddress(str(N1["port"]))), behind]
+    assert behind.proxy_path == "/proxy/h2/8001/proxy/localhost/%252Frun%252Fw"
+    assert registry.find("w") == Reach(UnixAddress(str(N1["port"])))  # of one name, this frontend's own comes first
+    assert registry.has(TcpAddress("h2", 8001))
+    assert not registry.has(UnixAddress("/run/w"))
+
+
+async def test_through_two_frontends(api_server: StartApi, frontend_server: StartFrontend) -> None:
+    worker = await api_server(role="worker")
+    far = await frontend_server(nodes=[worker.node])
+    itself = {"name": "far", "host": "127.0.0.1", "port": far.server.address.port}
+    near = await frontend_server(nodes=[{**itself, "nodes": [{**worker.node, "name": "w"}]}])
+    async with near.client.get("/proxy2/w/version") as response:
+        assert (response.status, await response.json()) == (200, "0.1.0-embedded")
+    async with near.client.get("/proxy2/far/proxy2/lmcache_worker0/version") as response:
+        assert (response.status, await response.json()) == (200, "0.1.0-embedded")
+    (found,) = await near.server._runner.app[HEALTH].read()
+    assert (found.up, found.role) == (True, "worker")
+    await far.server.stop()
+    async with near.client.get("/proxy2/w/version") as response:
+        assert response.status == 502
 
 
 def test_other_keys_and_both_kinds_of_port_are_taken() -> None:

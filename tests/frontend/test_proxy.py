@@ -10,7 +10,7 @@ from aiohttp import web
 from yarl import URL
 
 from lmcache_api.pytest_plugin import StartApi, free_port
-from lmcache_frontend.app import TARGETS
+from lmcache_frontend.app import HEALTH, TARGETS
 from lmcache_frontend.proxy import transport
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from lmcache_shared.address import UnixAddress, quote_socket
@@ -41,6 +41,17 @@ async def test_a_tcp_target_by_number_name_and_node(api_server: StartApi, fronte
     for path in (f"/proxy/127.0.0.1/{worker.node['port']}/version", f"/proxy2/{worker.node['name']}/version"):
         async with frontend.client.get(path) as response:
             assert (response.status, await response.json()) == (200, "0.1.0-embedded")
+
+
+async def test_ipv6(api_server: StartApi, frontend_server: StartFrontend) -> None:
+    worker = await api_server(tcp=True, internal_api_server_host="::1")
+    frontend = await frontend_for(frontend_server, worker.node)
+    port = worker.node["port"]
+    for path in (f"/proxy/[::1]/{port}/version", f"/proxy/%3A%3A1/{port}/version", "/proxy2/lmcache_worker0/version"):
+        async with frontend.client.get(URL(frontend.url + path, encoded=True)) as response:
+            assert (response.status, await response.json()) == (200, "0.1.0-embedded")
+    (found,) = await frontend.server._runner.app[HEALTH].read()
+    assert found.up
 
 
 async def test_run_script_through_the_proxy(api_server: StartApi, frontend_server: StartFrontend) -> None:

@@ -183,6 +183,19 @@ def test_errors_name_the_variable_or_the_option(environ: dict[str, str], overrid
     assert message in str(refused.value)
 
 
+def test_a_slip_in_a_name_of_ours_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ConfigError, match=r"no such setting .did you mean internal_api_server_port_start\?."):
+        load(tmp_path, overrides=["internal_api_server_prot_start=3"])
+    with pytest.raises(ConfigError, match="there is no such setting"):
+        load(tmp_path, overrides=["extra_config.run_script_second=3"])
+    environ = {"LMCACHE_INTERNAL_API_SERVER_SOCKET_MOD": "0600"}
+    text = "internal_api_server_prot_start: 3\nextra_config: {run_script_second: 1, plugin.x: 2}"
+    settings = load(tmp_path, text, environ)
+    assert settings.unknown == {"internal_api_server_prot_start": 3}
+    assert [line for line in caplog.messages if "there is no such setting; it is ignored" in line] == caplog.messages
+    assert len(caplog.messages) == 3
+
+
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing.yaml: cannot read the configuration: No such file"):
         config.load(tmp_path / "missing.yaml", environ={})

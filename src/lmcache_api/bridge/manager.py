@@ -35,19 +35,19 @@ class ManagerComponent:
 
     def __init__(self, manager: Any) -> None:
         engine = getattr(manager, "lmcache_engine", None)
-        config = getattr(manager, "config", None) if engine is None else getattr(engine, "config", None)
+        owner, name = (manager, "the manager") if engine is None else (engine, "its lmcache_engine")
+        config = getattr(owner, "config", None)
         if config is None:
             raise ConfigError(
-                f"{type(manager).__name__}: expected an object with the attributes of LMCache's manager"
-                " (config, lmcache_engine) or a Component"
+                f"{type(manager).__name__}: expected a Component or an object with the attributes of LMCache's manager,"
+                f" but {name} has no config"
             )
         self._settings = HostSettings(config)
         self._settings.read()
         self.script_adapter: object = manager
         self._manager = manager
         # LMCache's own rule: without an engine the component is the scheduler.
-        worker_id = None if engine is None else getattr(getattr(engine, "metadata", None), "worker_id", 0)
-        self.index = SCHEDULER_INDEX if worker_id is None else 1 + int(worker_id)
+        self.index = SCHEDULER_INDEX if engine is None else 1 + _worker_id(engine)
         self.role: Role = "scheduler" if self.index == SCHEDULER_INDEX else "worker"
         self.metrics = HostMetrics()
 
@@ -124,6 +124,13 @@ class HostMetrics:
         if module is None:
             raise Refusal(503, "this process has no LMCache metrics to reset")
         module.reset_observability_metrics()
+
+
+def _worker_id(engine: Any) -> int:
+    worker_id = getattr(getattr(engine, "metadata", None), "worker_id", None)
+    if not isinstance(worker_id, int) or worker_id < 0:
+        raise ConfigError(f"lmcache_engine.metadata.worker_id: expected a number from 0, found {worker_id!r}")
+    return worker_id
 
 
 def _plain(value: Any) -> Any:

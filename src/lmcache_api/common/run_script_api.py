@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import logging
 import threading
+import traceback
 from collections.abc import AsyncIterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -28,6 +29,8 @@ DISABLED = (
     " standalone server) and only on a trusted network."
 )
 """LMCache's words."""
+
+NAME = "<script>"
 
 MAX_PARTS = 16
 """Parts of a form that are looked through for the script."""
@@ -50,6 +53,9 @@ BUILTINS: dict[str, Any] = {
 
 class _Deadline(BaseException):
     """Raised inside a script that has run too long."""
+
+    def __str__(self) -> str:
+        return "it ran too long"
 
 
 class ScriptRunner:
@@ -134,6 +140,7 @@ async def run_script(request: web.Request) -> web.Response:
     runner = request.app[RUNNER]
     if runner.busy:
         return text_response("Another script is still running; try again when it has ended", status=409)
+    logger.warning("running a script of %d bytes from %s", len(source), request.remote or "a Unix socket")
     app = SimpleNamespace(state=SimpleNamespace(lmcache_adapter=component.script_adapter))
     seconds = settings.run_script_seconds
     try:
@@ -181,9 +188,15 @@ def _work(outcome: "concurrent.futures.Future[str]", source: bytes, app: object,
         answer = _execute(source, app, allowed)
     except BaseException as error:
         logger.info("a script of /run_script failed: %r", error)
-        outcome.set_exception(ScriptFailed(str(error) or type(error).__name__))
+        outcome.set_exception(ScriptFailed(f"{str(error) or type(error).__name__}{_line(error)}"))
     else:
         outcome.set_result(answer)
+
+
+def _line(error: BaseException) -> str:
+    """Where in the script it happened; a syntax error says so by itself."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == NAME]
+    return f" (line {lines[-1]})" if lines else ""
 
 
 def _execute(source: bytes, app: object, allowed: Sequence[str]) -> str:
@@ -196,7 +209,7 @@ def _execute(source: bytes, app: object, allowed: Sequence[str]) -> str:
         return modules[name]
 
     scope: dict[str, Any] = {"__builtins__": {**BUILTINS, "__import__": allowed_import}, "app": app}
-    exec(compile(source, "<script>", "exec"), scope)  # noqa: S102 - it is what the endpoint is for
+    exec(compile(source, NAME, "exec"), scope)  # noqa: S102 - it is what the endpoint is for
     answer = str(scope.get("result", "Script executed successfully"))
     if len(answer) > MAX_RESULT_CHARACTERS:
         raise ValueError(f"its result has {len(answer)} characters; at most {MAX_RESULT_CHARACTERS} are answered")

@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 
 from lmcache_shared import address
-from lmcache_shared.address import Address
+from lmcache_shared.address import Address, UnixAddress
 from lmcache_shared.errors import AddressError, ConfigError
 
 LOCAL_PROXY = "local_proxy"
@@ -31,22 +31,46 @@ class NodeForm(msgspec.Struct):
 
 
 @dataclass(frozen=True)
+class Reach:
+    """How this frontend gets somewhere: where it connects, and what it puts before the path that it asks for."""
+
+    address: Address
+    prefix: str = ""
+
+    @property
+    def proxy_path(self) -> str:
+        """The path at this frontend under which it is reached."""
+        return self.address.proxy_path() + self.prefix
+
+
+@dataclass(frozen=True)
 class Node:
-    """`port` as it was written: a number, a number in a string, or a socket's path; `address` is what it means."""
+    """`port` as it was written: a number, a number in a string, or a socket's path; `address` is what it means.
+
+    `via` is the proxy that the node is a child of. A socket lies on that proxy's machine, so it is reached through it.
+    """
 
     name: str
     host: str
     port: int | str
     address: Address
+    via: Address | None = None
+
+    @property
+    def reach(self) -> Reach:
+        if self.via is not None and isinstance(self.address, UnixAddress):
+            return Reach(self.via, self.address.proxy_path())
+        return Reach(self.address)
 
 
 @dataclass(frozen=True)
 class Proxy:
-    """A frontend and the nodes that are reached through it."""
+    """A frontend, and the nodes on its side; `port` as it was written, `address` what it means."""
 
     name: str
     host: str
     port: int | str
+    address: Address
     nodes: tuple[Node, ...]
 
 
@@ -70,18 +94,18 @@ def read_list(text: bytes, place: str) -> list[Node | Proxy]:
 def _entry(form: NodeForm, place: str) -> Node | Proxy:
     if form.nodes is None:
         return _node(form, place)
-    _node(form, place)  # a proxy's own address must be usable too
+    itself = _node(form, place)
     children = []
     for i, child in enumerate(form.nodes):
         if child.nodes is not None:
             raise ConfigError(f"{place}.nodes[{i}]: {child.name!r} has nodes of its own; a proxy's nodes are leaves")
-        children.append(_node(child, f"{place}.nodes[{i}]"))
-    return Proxy(form.name, form.host, form.port, tuple(children))
+        children.append(_node(child, f"{place}.nodes[{i}]", itself.address))
+    return Proxy(form.name, form.host, form.port, itself.address, tuple(children))
 
 
-def _node(form: NodeForm, place: str) -> Node:
+def _node(form: NodeForm, place: str, via: Address | None = None) -> Node:
     try:
-        return Node(form.name, form.host, form.port, address.from_node(form.host, form.port))
+        return Node(form.name, form.host, form.port, address.from_node(form.host, form.port), via)
     except AddressError as error:
         raise ConfigError(f"{place}: {form.name!r}: {error}") from None
 

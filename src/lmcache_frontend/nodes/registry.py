@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from lmcache_frontend.nodes.node import LOCAL_PROXY, Node, Proxy, repeated_name
-from lmcache_shared import address
-from lmcache_shared.address import Address
+from lmcache_frontend.nodes.node import LOCAL_PROXY, Node, Proxy, Reach, repeated_name
+from lmcache_shared.address import Address, tcp_address
 from lmcache_shared.errors import ConfigError
 
 
@@ -16,6 +15,8 @@ class Registry:
     Args:
         entries: proxies, and nodes that become children of `local_proxy`.
         host, port: where this frontend serves, as `local_proxy` is told.
+
+    Where two proxies have nodes of one name, the first one's is meant by it.
 
     Raises:
         ConfigError: two proxies, or two nodes of one proxy, have one name.
@@ -31,17 +32,17 @@ class Registry:
                 raise ConfigError(f"nodes: two proxies are named {entry.name!r}; give each a name of its own")
             else:
                 proxies[entry.name] = entry
-        local = {LOCAL_PROXY: Proxy(LOCAL_PROXY, host, port, tuple(own))} if own else {}
+        local = {LOCAL_PROXY: Proxy(LOCAL_PROXY, host, port, tcp_address(host, port), tuple(own))} if own else {}
         self._proxies: dict[str, Proxy] = {**local, **proxies}
         for proxy in self._proxies.values():
             if name := repeated_name(iter(proxy.nodes)):
                 raise ConfigError(f"nodes: two nodes of {proxy.name} are named {name!r}; give each a name of its own")
-        self._by_name: dict[str, Address] = {}
-        for proxy in proxies.values():
-            self._by_name.setdefault(proxy.name, address.from_node(proxy.host, proxy.port))
+        self._by_name = {name: Reach(proxy.address) for name, proxy in proxies.items()}
         for node in self.nodes():
-            self._by_name.setdefault(node.name, node.address)
-        self._addresses = frozenset(self._by_name.values()) | {node.address for node in self.nodes()}
+            self._by_name.setdefault(node.name, node.reach)
+        self._addresses = frozenset(
+            {proxy.address for proxy in proxies.values()} | {node.reach.address for node in self.nodes()}
+        )
 
     def proxies(self) -> Iterator[Proxy]:
         return iter(self._proxies.values())
@@ -51,10 +52,10 @@ class Registry:
         for proxy in self._proxies.values():
             yield from proxy.nodes
 
-    def find(self, name: str) -> Address | None:
-        """The address of the proxy or node with this name; proxies come first, as with LMCache's frontend."""
+    def find(self, name: str) -> Reach | None:
+        """How the proxy or node with this name is reached; proxies come first, as with LMCache's frontend."""
         return self._by_name.get(name)
 
     def has(self, address: Address) -> bool:
-        """Whether a node or proxy is registered at this address."""
+        """Whether this frontend connects to this address for a registered node or proxy."""
         return address in self._addresses

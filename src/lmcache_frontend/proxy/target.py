@@ -46,7 +46,7 @@ def by_name(raw_path: str, registry: Registry) -> ProxiedPath:
     found = registry.find(name)
     if found is None:
         raise Refusal(404, f"Node with name '{name}' not found")
-    return ProxiedPath(found, path)
+    return ProxiedPath(found.address, found.prefix + path)
 
 
 def _split(raw_path: str, count: int) -> tuple[list[str], str]:

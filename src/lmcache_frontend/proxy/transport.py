@@ -67,7 +67,8 @@ class Target:
     def url(self, path: str) -> URL:
         """`path`, with its query, at this target; nothing in it is decoded, sorted or encoded anew."""
         if isinstance(self.address, TcpAddress):
-            return URL.build(scheme="http", host=self.address.host, port=self.address.port, path=path, encoded=True)
+            host, port = self.address.url_host, self.address.port  # as it is encoded, the host has its brackets already
+            return URL.build(scheme="http", host=host, port=port, path=path, encoded=True)
         return URL.build(scheme="http", host="localhost", path=path, encoded=True)
 
 

@@ -25,6 +25,8 @@ FRESH_SECONDS = 2.0
 
 PROBES_AT_ONCE = 64
 MAX_ANSWER_BYTES = 64 << 10
+MAX_SHOWN_LENGTH = 60
+"""Of a version or a role."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class HealthBoard:
         self._targets = targets
         self._round: asyncio.Task[list[NodeHealth]] | None = None
         self._round_ended = 0.0
+        self._late: set[Node] = set()
+        """Nodes that the last round did not get to; the next one asks them first."""
 
     async def read(self) -> list[NodeHealth]:
         """Every node's health, in the registry's order, not older than `FRESH_SECONDS`."""
@@ -63,24 +67,23 @@ class HealthBoard:
     async def _ask_all(self) -> list[NodeHealth]:
         nodes = list(self._registry.nodes())
         gate = asyncio.Semaphore(PROBES_AT_ONCE)
-        tasks = [asyncio.create_task(self._ask(node, gate), name=f"probe {node.name}") for node in nodes]
+        late_ones_first = sorted(nodes, key=lambda node: node not in self._late)
+        tasks = {node: asyncio.create_task(self._ask(node, gate), name="probe") for node in late_ones_first}
         try:
             if tasks:
-                await asyncio.wait(tasks, timeout=BOARD_SECONDS)
+                await asyncio.wait(tasks.values(), timeout=BOARD_SECONDS)
         finally:
-            for task in tasks:
+            for task in tasks.values():
                 task.cancel()
         self._round_ended = time.monotonic()
+        self._late = {node for node, task in tasks.items() if not task.done()}
         late = "not asked within the time for all nodes"
-        return [
-            task.result() if task.done() and not task.cancelled() else NodeHealth(node, None, problem=late)
-            for node, task in zip(nodes, tasks, strict=True)
-        ]
+        return [NodeHealth(node, None, problem=late) if node in self._late else tasks[node].result() for node in nodes]
 
     async def _ask(self, node: Node, gate: asyncio.Semaphore) -> NodeHealth:
         async with gate:
             try:
-                return await asyncio.wait_for(_probe(node, await self._targets.get(node.address)), PROBE_SECONDS)
+                return await asyncio.wait_for(_probe(node, await self._targets.get(node.reach.address)), PROBE_SECONDS)
             except asyncio.TimeoutError:
                 return NodeHealth(node, False, problem=f"no answer within {PROBE_SECONDS:g} seconds")
             except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -89,9 +92,9 @@ class HealthBoard:
 
 async def _probe(node: Node, target: Target) -> NodeHealth:
     clock = time.perf_counter()
-    version = await _answer(target, "/version")
+    version = await _answer(target, f"{node.reach.prefix}/version")
     milliseconds = (time.perf_counter() - clock) * 1000
-    metadata = await _answer(target, "/meta?names=role")
+    metadata = await _answer(target, f"{node.reach.prefix}/meta?names=role")
     role = metadata.get("role") if isinstance(metadata, dict) else None
     return NodeHealth(node, True, _short(role), _short(version), milliseconds)
 
@@ -114,10 +117,14 @@ async def _answer(target: Target, path: str) -> object:
 
 
 def _short(value: object) -> str | None:
-    return value[:100] if isinstance(value, str) and value else None
+    return value[:MAX_SHOWN_LENGTH] if isinstance(value, str) and value else None
 
 
 def _problem(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientConnectorError):
-        return os.strerror(error.errno) if error.errno else "cannot connect"
+        # asyncio's own text names the address again; a name that cannot be resolved has a negative number
+        number = error.errno or 0
+        return os.strerror(number) if number > 0 else error.os_error.strerror or "cannot connect"
+    if isinstance(error, aiohttp.ClientResponseError):
+        return "answers something that is no HTTP"
     return reason(error)
