@@ -123,10 +123,12 @@ class _Found:
         self.extra: dict[str, Any] | None = None
 
     def add_mapping(self, mapping: Mapping[str, Any], place: str) -> None:
+        if EXTRA in mapping:
+            self._set_extra(mapping[EXTRA], f"{place}: {EXTRA}")  # first: the top level wins over the section
         for name, value in _with_current_names(mapping, place).items():
             if name == EXTRA:
-                self._set_extra(value, f"{place}: {EXTRA}")
-            elif name in DEFINITIONS:
+                continue
+            if name in DEFINITIONS:
                 self.values[name] = convert(value, DEFINITIONS[name], f"{place}: {name}")
             else:
                 _warn_of_a_slip(name, f"{place}: {name}")

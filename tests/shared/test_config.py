@@ -111,6 +111,12 @@ def test_our_settings_stand_in_extra_config(tmp_path: Path) -> None:
     assert load(tmp_path, overrides=["internal_api_server_socket_mode=0606"]).internal_api_server_socket_mode == 0o606
 
 
+def test_our_settings_at_the_top_level_win_over_the_section(tmp_path: Path) -> None:
+    text = "run_script_max_bytes: 5\nextra_config: {run_script_max_bytes: 6, run_script_seconds: 7}"
+    settings = load(tmp_path, text)
+    assert (settings.run_script_max_bytes, settings.run_script_seconds) == (5, 7.0)
+
+
 def test_extra_config_as_json_from_the_environment_replaces_the_files(tmp_path: Path) -> None:
     environ = {"LMCACHE_EXTRA_CONFIG": '{"run_script_max_bytes": 5}'}
     settings = load(tmp_path, "extra_config: {run_script_seconds: 2, run_script_max_bytes: 4}", environ)
