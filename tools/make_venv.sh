@@ -18,6 +18,7 @@ if [ ! -x "$venv/bin/python" ] || ! "$venv/bin/python" -c 'import pip' 2>/dev/nu
 fi
 case $purpose in
   run) what=. ;;
+  lint) what=".[lint,test]" ;; # the type checker reads the fixtures too
   *) what=".[$purpose]" ;;
 esac
 echo "installing the project and its dependencies ($purpose)"
