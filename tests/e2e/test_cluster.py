@@ -84,7 +84,7 @@ def _ask_as_the_readme_does(folder: Path, port: str) -> None:
 def test_run_script_as_the_docs_write_it(folder: Path) -> None:
     """`curl -X POST http://localhost:8080/proxy/localhost/8081/run_script -F "script=@scratch.py"`, ports adapted."""
     text = (ROOT / "docs" / "internal-api.md").read_text()
-    line = re.search(r"^curl -X POST .*$", text, re.MULTILINE)
+    line = re.search(r"^curl -X POST .*/8081/run_script .*$", text, re.MULTILINE)
     script = re.search(r"```python\n(# scratch\.py\n.*?)```", text, re.DOTALL)
     assert line
     assert script
