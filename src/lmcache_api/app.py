@@ -9,6 +9,7 @@ from aiohttp import web
 
 from lmcache_api.component import Category, Component
 from lmcache_shared import routes
+from lmcache_shared.access import own_site_only
 from lmcache_shared.blocking import BlockingPool
 from lmcache_shared.errors import refusals
 
@@ -36,7 +37,7 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
     Raises:
         RouteError: a route module is broken, or two claim one route.
     """
-    app = web.Application(middlewares=[refusals, _without_slash], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(middlewares=[refusals, own_site_only, _without_slash], client_max_size=MAX_BODY_BYTES)
     app[COMPONENT] = component
     app[POOL] = BlockingPool(f"lmcache-api-{component.index}")
     app.cleanup_ctx.append(_close_pool)

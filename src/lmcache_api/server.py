@@ -169,6 +169,9 @@ class InternalAPIServer:
                 await self._stop.wait()
         except OpsError as error:
             self._fail(error)
+        except Exception as error:
+            logger.debug("what went wrong", exc_info=True)
+            self._fail(OpsError(f"{type(error).__name__}: {error}"))
 
     def _fail(self, error: OpsError) -> None:
         self.failure = error

@@ -12,6 +12,7 @@ from lmcache_frontend.proxy.policy import Policy
 from lmcache_frontend.proxy.transport import Targets
 from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_shared import routes
+from lmcache_shared.access import own_site_only
 from lmcache_shared.errors import refusals
 
 REGISTRY: web.AppKey[Registry] = web.AppKey("registry", Registry)
@@ -29,7 +30,7 @@ def create_app(options: Options, registry: Registry) -> web.Application:
     Raises:
         RouteError: a route module is broken, or two claim one route.
     """
-    app = web.Application(middlewares=[refusals])
+    app = web.Application(middlewares=[refusals, own_site_only])
     app[REGISTRY] = registry
     app[POLICY] = Policy(registry, options.socket_prefix)
     app.cleanup_ctx.append(_targets)
@@ -49,7 +50,7 @@ def create_app(options: Options, registry: Registry) -> web.Application:
 
 async def _targets(app: web.Application) -> AsyncIterator[None]:
     app[TARGETS] = Targets(app[REGISTRY].has)
-    app[HEALTH] = HealthBoard(app[REGISTRY], app[TARGETS])
+    app[HEALTH] = HealthBoard(app[REGISTRY])
     yield
     await app[HEALTH].close()
     await app[TARGETS].close()

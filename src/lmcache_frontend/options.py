@@ -73,7 +73,8 @@ def read_options(arguments: Sequence[str] | None, environ: Mapping[str, str]) ->
         variable = ENV_PREFIX + name.upper()
         if given[name] is not None:
             values[name] = convert(given[name], definition, "--" + name.replace("_", "-"))
-        elif variable in environ:
+        elif variable in environ and not environ[variable].startswith("tcp://"):
+            # Kubernetes sets such a value for every Service of this name
             values[name] = convert(environ[variable], definition, f"environment: {variable}")
     options = Options(**values)
     options = replace(options, log_level=options.log_level.lower())

@@ -22,7 +22,10 @@ MAX_SOCKET_PATH_BYTES = 107
 MAX_HOST_LENGTH = 253
 """Longest host name (RFC 1035, section 2.3.4)."""
 
-_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", re.ASCII)
+_HOST_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?", re.ASCII)
+_SCOPE = re.compile(r"[A-Za-z0-9_.-]{1,63}", re.ASCII)
+"""An IPv6 scope such as `eth0`; without this check it could hold a second host (RFC 6874)."""
+
 _DIGITS = re.compile(r"[0-9]{1,5}", re.ASCII)
 
 
@@ -183,9 +186,10 @@ def _is_host(text: str) -> bool:
     if len(text) > MAX_HOST_LENGTH:
         return False
     if ":" in text:
+        number, percent, scope = text.partition("%")
         try:
-            ipaddress.IPv6Address(text)
+            ipaddress.IPv6Address(number)
         except ValueError:
             return False
-        return True
+        return not percent or _SCOPE.fullmatch(scope) is not None
     return _HOST_NAME.fullmatch(text) is not None

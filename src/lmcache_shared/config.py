@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,11 @@ CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 
 MAX_FILE_BYTES = 1 << 20
 """Largest configuration file that is read."""
+
+MAX_ALIASES = 32
+MAX_DIGITS = 20
+MAX_SHOWN = 80
+"""Characters of a value that an error shows."""
 
 OUR_PREFIXES = ("internal_api_server_", "run_script_")
 """Settings that begin like this are all in the table."""
@@ -96,14 +102,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; this is no configuration")
     try:
-        content = yaml.safe_load(data)
+        content = _safe_yaml(data)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{path}: {where}no YAML: {problem}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: no YAML that can be used: {str(error) or 'nested too deeply'}") from None
+    except Exception as error:  # PyYAML raises what its constructors happen to: ValueError, IndexError, KeyError, ...
+        text = " ".join(str(error).split())[:MAX_SHOWN] or type(error).__name__
+        raise ConfigError(f"{path}: no YAML that can be used: {text}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -251,7 +258,9 @@ def _scalar(value: Any, kind: Any, definition: Definition, place: str) -> Any:
 
 
 def _boolean(value: Any) -> bool | None:
-    word = str(value).strip().lower() if isinstance(value, bool | int | str) else ""
+    if isinstance(value, int):
+        return bool(value) if value in (0, 1) else None
+    word = value.strip().lower() if isinstance(value, str) else ""
     return True if word in _TRUE else False if word in _FALSE else None
 
 
@@ -261,8 +270,9 @@ def _integer(value: Any) -> int | None:
     try:
         if isinstance(value, float):
             return int(value) if value.is_integer() else None
-        return int(value) if len(str(value)) <= 20 else None
-    except ValueError:
+        text = str(value)
+        return int(text) if len(text) <= MAX_DIGITS and text.isascii() else None
+    except ValueError:  # also an int of so many digits that Python does not write it
         return None
 
 
@@ -277,17 +287,20 @@ def _number(value: Any) -> float | None:
 
 
 def _text(value: Any) -> str | None:
-    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        text = str(value)
+        text.encode()
+    except ValueError:  # an int of too many digits, or half a character
+        return None
+    return text
 
 
 def _file_mode(value: Any) -> int | None:
     """Octal digits in a text. A number is refused: YAML reads 0660 as 432, and 660 as 660."""
-    if not isinstance(value, str):
-        return None
-    try:
-        return int(value.strip().removeprefix("0o"), 8)
-    except ValueError:
-        return None
+    digits = value.strip().removeprefix("0o") if isinstance(value, str) else ""
+    return int(digits, 8) if re.fullmatch("[0-7]{1,4}", digits) else None
 
 
 def _items(value: Any, place: str) -> list[Any]:
@@ -323,9 +336,17 @@ def _unquoted(text: str) -> str:
 
 def _yaml_value(text: str, place: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return _safe_yaml(text)
+    except Exception:
         raise ConfigError(f"{place}: cannot be read as a value: {_shown(text)}") from None
+
+
+def _safe_yaml(data: bytes | str) -> Any:
+    """A YAML document; one whose aliases could unfold into something huge is refused."""
+    aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, Loader=yaml.SafeLoader))
+    if aliases > MAX_ALIASES:
+        raise ValueError(f"{aliases} aliases (*name), but at most {MAX_ALIASES} are followed")
+    return yaml.safe_load(data)
 
 
 def _kind_name(kind: Any) -> str:
@@ -339,4 +360,4 @@ def _shown(value: Any) -> str:
         text = json.dumps(value, default=repr)
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

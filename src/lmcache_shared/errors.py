@@ -7,6 +7,7 @@ a status and a JSON body `{"detail": …}`, the shape LMCache's own servers use.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -75,6 +76,8 @@ async def refusals(request: web.Request, handler: Handler) -> web.StreamResponse
         allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
         detail = error.reason if error.status != 413 else error.text
         return json_response({"detail": detail}, status=error.status, headers=allow)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return json_response({"detail": "Not Found"}, status=404)  # no static file can have such a name
         logger.exception("%s %s failed", request.method, request.path)
         return json_response({"detail": "Internal Server Error"}, status=500)

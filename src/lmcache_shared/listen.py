@@ -32,6 +32,11 @@ DEFAULT_SOCKET_MODE = 0o660
 BACKLOG = 128
 """Connections that wait to be accepted; more are refused by the kernel."""
 
+KEEPALIVE_SECONDS = 75.0
+"""How long an idle connection is kept."""
+
+MIN_SHUTDOWN_SECONDS = 0.05
+
 _http_logger = logging.getLogger("lmcache_shared.http")
 
 
@@ -57,9 +62,12 @@ def make_runner(app: web.Application, *, drain_seconds: float, access_log: loggi
     """The runner of one server: its end gives requests `drain_seconds`; a caller that leaves ends its request."""
     return web.AppRunner(
         app,
+        auto_decompress=False,  # a proxied body goes on as it came, and nobody sends a small one that grows here
+        keepalive_timeout=KEEPALIVE_SECONDS,
         access_log=access_log,
         access_log_format='%a "%r" %s %b bytes %Tf s',
-        shutdown_timeout=drain_seconds,
+        # aiohttp (3.14) waits this long twice, for handlers and for connections, and without an end when it is 0
+        shutdown_timeout=max(drain_seconds / 2, MIN_SHUTDOWN_SECONDS),
         handler_cancellation=True,
         logger=_http_logger,
     )
@@ -90,6 +98,8 @@ class TcpPortSite(web.TCPSite):
         """
         try:
             await super().start()
+        except UnicodeError as error:
+            raise AddressError(f"{self._address}: no host name: {error}") from None
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise AddressInUse(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -14,6 +17,10 @@ import uvloop
 from lmcache_shared.errors import START_FAILED, StartError
 
 TRACE = 5
+
+MAX_OPEN_FILES = 65536
+"""As many files and connections as a program raises its own limit to, where the system lets it."""
+
 LOG_LEVELS: dict[str, int] = {
     "critical": logging.CRITICAL,
     "error": logging.ERROR,
@@ -35,6 +42,11 @@ def run(program: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]
 
     The first SIGINT or SIGTERM sets `stop`, from before anything is bound; a second one ends the process at once.
     """
+    # libuv looks names up in 4 threads, so that a few that hang would hold every other one up
+    os.environ.setdefault("UV_THREADPOOL_SIZE", "64")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, MAX_OPEN_FILES)), hard))
     try:
         uvloop.run(_until_served(serve))
     except StartError as error:

@@ -63,9 +63,13 @@ def from_folders(folders: Iterable[str | Path], suffix: str) -> Iterator[RouteMo
         RouteError: a folder is missing, or a file cannot be imported or exports no router.
     """
     for folder in map(Path, folders):
-        if not folder.is_dir():
+        try:
+            files = sorted(folder.glob(f"*{suffix}.py")) if folder.is_dir() else None
+        except OSError as error:
+            raise RouteError(f"route folder {folder}: cannot be read: {error.strerror}") from None
+        if files is None:
             raise RouteError(f"route folder {folder}: is no folder; make it or take it out of the settings")
-        for file in sorted(folder.glob(f"*{suffix}.py")):
+        for file in files:
             origin = str(file)
             digest = hashlib.blake2s(str(file.resolve()).encode(), digest_size=8).hexdigest()
             spec = importlib.util.spec_from_file_location(f"_route_folder_{digest}_{file.stem}", file)
@@ -116,7 +120,10 @@ def add_routes(app: web.Application, modules: Iterable[RouteModule]) -> None:
             except (ValueError, RuntimeError) as error:
                 raise RouteError(f"{module.origin}: cannot serve {definition}: {error}") from error
         if module.setup is not None:
-            module.setup(app)
+            try:
+                module.setup(app)
+            except Exception as error:
+                raise RouteError(f"{module.origin}: its setup(app) failed: {type(error).__name__}: {error}") from error
 
 
 def _claim(owners: dict[tuple[str, str], str], route: web.RouteDef, origin: str) -> None:

@@ -22,27 +22,33 @@ _SECRET_WORDS = frozenset(
     " auth authorization key keys apikey apikeys accesskey secretkey privatekey cookie cookies session jwt bearer"
     " signature salt dsn".split()
 )
-_SECRET_ENDINGS = ("password", "passwd", "passphrase", "secret", "token", "apikey", "credentials")
+_SECRET_ENDINGS = (
+    "password", "passwd", "passphrase", "secret", "token", "apikey", "authkey", "masterkey", "accountkey",
+    "credentials", "sshpass", "dbpass", "userpass", "rootpass", "adminpass",
+)  # fmt: skip
 """So that words run together count too: `PGPASSWORD`, `AUTHTOKEN`."""
 
-_COUNTED_WORDS = frozenset({"tokens", "keys", "session", "key", "pass", "auth"})
+_COUNTED_WORDS = frozenset({"tokens", "keys", "session"})
 _NOT_SECRET_NAMES = frozenset({"PWD", "OLDPWD", "SSH_AUTH_SOCK", "XDG_SESSION_ID", "XDG_SESSION_TYPE"})
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _PLAIN_COUNT = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,9})?|true|false|", re.IGNORECASE)
 
 _CONTENT_RULE = r"""
-      -----BEGIN\ [A-Z ]{0,30}PRIVATE\ KEY
+      -----BEGIN\ [A-Z ]{0,30}PRIVATE\ KEY | LS0tLS1CRUdJTi                        # a private key, also in base64
     | \b(?:bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}
-    | \beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.                             # a JSON web token
-    | \b(?:sk|pk|rk|hf|nvapi|gsk|glpat|dop_v1|shpat|xox[a-z])[-_][A-Za-z0-9_-]{16,}
-    | \b(?:gh[a-z]_|github_pat_|npm_|pypi-)[A-Za-z0-9_-]{16,}
-    | \b(?:AKIA|ASIA)[A-Z0-9]{16}\b | \bAIza[A-Za-z0-9_-]{30,}
-    | ://[^/\s:@]{0,256}:[^/\s@]{1,256}@                                       # a URL with a password
+    | (?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}\.                   # a JSON web token
+    | (?<![A-Za-z0-9_-])(?:sk|pk|rk|hf|nvapi|gsk|glpat|dop_v1|shpat|dckr_pat|xox[a-z])[-_][A-Za-z0-9_-]{16,}
+    | \b(?:gh[a-z]_|github_pat_|npm_|pypi-|ya29\.|hvs\.|SG\.|dapi)[A-Za-z0-9_-]{16,}
+    | \b(?:AKIA|ASIA)[A-Z0-9]{16}\b | \bAIza[A-Za-z0-9_-]{30,} | hooks\.slack\.com/services/
+    | ://[^/\s:@]{0,256}:[^\s@]{1,1024}@ | ://[^/\s:@]{16,256}@                      # a URL with a password or a token
     | [?&](?:sig|signature|x-amz-signature|x-goog-signature)=[^&\s]
-    | (?:password|passwd|passphrase|secret|token|api[-_]?key|access[-_]?key|credential|(?<![a-z])pwd)s?
-      ["']?\s{0,3}(?:[:=]|\s)\s{0,3}["']?(?![\s"',}&]|null\b|true\b|false\b|[0-9]{1,9}\b)[^\s"',}&]
+    | (?:tokens?)["']?(?:\s{0,8}[:=]\s{0,8}|\s)["']?(?![\s"',}&]|null\b|true\b|false\b|[0-9]{1,9}\b)[^\s"',}&]
+    | (?:password|passwd|passphrase|secret|credential|(?<![a-z])(?:pwd|pass|auth)
+        |(?:api|access|secret|account|private|auth|master)[-_]?key)s?
+      ["']?(?:\s{0,8}[:=]\s{0,8}|\s)["']?(?![\s"',}&]|null\b|true\b|false\b)[^\s"',}&]
     """
+"""What a value holds that is a secret; each alternative takes linear time."""
 
 
 @functools.cache

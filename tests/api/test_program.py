@@ -1,5 +1,6 @@
 """`python -m lmcache_api` as a process."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -141,9 +142,14 @@ def test_what_cannot_start_is_one_line_and_code_2(start: Start, arguments: list[
 
 def test_a_port_that_is_taken_leaves_nothing_half_started(start: Start) -> None:
     with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
+        scheduler_port = free_port()
+        while True:  # a port whose neighbour is free as well
+            with contextlib.suppress(OSError):
+                sock.bind(("127.0.0.1", scheduler_port + 1))
+                break
+            scheduler_port = free_port()
         sock.listen()
-        port = sock.getsockname()[1]
+        port = scheduler_port + 1
         child = start("--workers", "1", "--set", f"internal_api_server_port_start={port - 1}")
         code, _, err = finished(child)
     assert code == 2

@@ -148,6 +148,17 @@ async def test_requests_in_flight_end_and_new_ones_are_refused(tmp_path: Path) -
     await asyncio.wait_for(stopping, 5)
 
 
+async def test_a_drain_time_of_nothing_is_short_and_not_endless(tmp_path: Path) -> None:
+    settings = Settings(internal_api_server_socket_path_prefix=f"{tmp_path}/s", internal_api_server_drain_seconds=0.0)
+    server = ComponentServer(EmbeddedComponent(settings, 0))
+    await server.start()
+    _, writer = await asyncio.open_unix_connection(f"{tmp_path}/s_6999")
+    writer.write(b"POST /run_script HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+    await asyncio.sleep(0.1)
+    await asyncio.wait_for(server.stop(), 5)
+    writer.close()
+
+
 async def test_a_new_endpoint_in_a_folder_or_with_chosen_categories(tmp_path: Path) -> None:
     (tmp_path / "made_here_api.py").write_text(
         "from aiohttp import web\nfrom lmcache_api.app import COMPONENT\nrouter = web.RouteTableDef()\n"

@@ -124,7 +124,9 @@ async def test_too_many_slow_nodes_leave_some_unknown(
         (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n[[[[[", True, None),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n[1]", True, None),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"[" * 300000, True, None),
-        (b"nonsense\r\n\r\n", False, None),
+        (b"nonsense\r\n\r\n", False, "answers something that is no HTTP"),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n["\\ud800"]', True, None),
+        (b"HTTP/1.1 302 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n", True, None),
     ],
 )
 async def test_odd_answers(frontend_server: StartFrontend, answer: bytes, up: bool, problem: str | None) -> None:
@@ -136,6 +138,14 @@ async def test_odd_answers(frontend_server: StartFrontend, answer: bytes, up: bo
         if problem:
             assert found.problem == problem
         assert "\n" not in (found.problem or "")
+
+
+async def test_half_a_character_in_a_version_does_not_break_the_page(frontend_server: StartFrontend) -> None:
+    async with serving(Upstream(b'HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\n"\\ud800"')) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node])
+        assert "1 up" in await page(frontend)
+        async with frontend.client.get("/static/" + "x" * 5000) as response:
+            assert response.status == 404
 
 
 async def test_many_pages_ask_the_nodes_once(frontend_server: StartFrontend) -> None:

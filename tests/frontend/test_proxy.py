@@ -1,4 +1,5 @@
 import asyncio
+import gzip
 import hashlib
 import io
 from collections.abc import AsyncIterator
@@ -149,12 +150,14 @@ async def test_header_fields_of_an_answer(frontend_server: StartFrontend) -> Non
             "Connection: close",
             "Content-Encoding: gzip",
             "Content-Length: 3",
+            "Content-Security-Policy: sandbox",
             "Content-Type: a/b",
             "Date: Thu, 01 Jan 1970 00:00:00 GMT",
             "HTTP/1.1 207 Odd Words",
             "Server: theirs",
             "Set-Cookie: a=1",
             "Set-Cookie: b=2",
+            "X-Content-Type-Options: nosniff",
         ]
 
 
@@ -437,3 +440,77 @@ async def test_a_request_whose_body_breaks_is_no_500(
         async with frontend.client.get("/health") as response:
             assert response.status == 200
     assert [record for record in caplog.records if record.exc_info] == []
+
+
+async def test_a_compressed_body_goes_on_as_it_came(frontend_server: StartFrontend) -> None:
+    """Were it unfolded on the way, its length would lie: the target would read the next request as the rest of this."""
+    body = gzip.compress(b"x" * 100_000)
+    got = b""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal got
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert f"Content-Length: {len(body)}\r\n".encode() in head
+        got = await reader.readexactly(len(body))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        await reader.read()
+
+    async with serving(Upstream(talk=talk)) as upstream:
+        frontend = await frontend_for(frontend_server, upstream.node)
+        headers = {"Content-Encoding": "gzip"}
+        async with frontend.client.post("/proxy2/upstream/", data=body, headers=headers) as response:
+            assert response.status == 200
+    assert got == body
+
+
+async def test_what_another_sites_page_asks_is_refused(frontend_server: StartFrontend) -> None:
+    async with serving(Upstream()) as upstream:
+        frontend = await frontend_for(frontend_server, upstream.node)
+        async with frontend.client.post("/proxy2/upstream/", headers={"Origin": "http://evil.example"}) as response:
+            assert response.status == 403
+        assert upstream.heads == []
+
+
+async def test_many_targets_at_once(frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "MAX_UNREGISTERED_TARGETS", 3)
+    frontend = await frontend_server()
+
+    async def ask(port: int) -> int:
+        async with frontend.client.get(f"/proxy/localhost/{port}/") as response:
+            return response.status
+
+    for _ in range(5):
+        assert set(await asyncio.gather(*(ask(port) for port in range(9100, 9140)))) == {502}
+
+
+@pytest.mark.parametrize("host", ["[::1%25a@[fd00::2]]", "[::1%25a@x]", "a..b", "x" * 64, "[::1%25]"])
+async def test_hosts_that_hide_another(frontend_server: StartFrontend, host: str) -> None:
+    frontend = await frontend_server()
+    line = f"GET /proxy/{host}/80/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+    assert (await raw(frontend.server.address.port, line)).startswith(b"HTTP/1.1 400 ")
+
+
+async def test_an_http_1_0_caller_sees_the_end_of_an_answer_without_length(frontend_server: StartFrontend) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
+    async with serving(Upstream(answer)) as upstream:
+        frontend = await frontend_for(frontend_server, upstream.node)
+        line = b"GET /proxy2/upstream/ HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\n\r\n"
+        assert (await asyncio.wait_for(raw(frontend.server.address.port, line), 10)).endswith(b"\r\n\r\nok")
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX: a\x01b\r\nContent-Length: 2\r\n\r\nok", (200, 502)),
+        (b"HTTP/1.1 200 a\x01b\r\nContent-Length: 2\r\n\r\nok", (200, 502)),
+        (b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", (502,)),
+        (b"HTTP/1.1 099 X\r\nContent-Length: 2\r\n\r\nok", (502,)),
+    ],
+)
+async def test_answers_that_cannot_go_on_as_they_are(
+    frontend_server: StartFrontend, answer: bytes, status: tuple[int, ...]
+) -> None:
+    async with serving(Upstream(answer)) as upstream:
+        frontend = await frontend_for(frontend_server, upstream.node)
+        async with frontend.client.get("/proxy2/upstream/") as response:
+            assert response.status in status

@@ -18,7 +18,6 @@ SHOWN = {
     "LMCACHE_REMOTE_URL": "redis://cache:6379",
     "AUTHOR": "me",
     "LMCACHE_EXTRA_CONFIG": '{"plugin.frontend.port": 8080, "max_tokens": 5, "token": null}',
-    "EMPTY_KEY": "",
 }
 MASKED = {
     "HF_TOKEN": "x",
@@ -42,6 +41,17 @@ MASKED = {
     "I": '{"remote": {"password": "x1"}}',
     "J": "host=db password=hunter2",
     "K": "vllm serve --api-key abc123",
+    "DB_PASS": "12345678",
+    "SSHPASS": "x",
+    "TS_AUTHKEY": "x",
+    "API_KEY": "123456789",
+    "M": '{"s3_secret_key": "abc"}',
+    "N": "password=12345",
+    "O": "postgres://u:pa/ss@h",
+    "P": "https://abcdefghijklmnop1234@host",
+    "Q": "DefaultEndpointsProtocol=https;AccountKey=abc==",
+    "R": "LS0tLS1CRUdJTiBSU0EgUFJJVkFURSBLRVkt",
+    "S": '"passphrase":      "x y"',
     "L": "sk-proj-abcdefghijklmnop1234",
 }
 
@@ -68,7 +78,9 @@ def test_names_are_kept_and_values_shown_or_masked(values: dict[str, str]) -> No
     assert all(result[name] in (value, "***") for name, value in values.items())
 
 
-@pytest.mark.parametrize("piece", ["://", "password ", "eyJaaaaaaaa.", "sk-", "token token ", "Bearer ", "a:"])
+@pytest.mark.parametrize(
+    "piece", ["://", "password ", "eyJ-", "eyJaaaaaaaa.", "pass=", "://a:", "sk-", "token token ", "Bearer ", "a:"]
+)
 def test_a_long_value_takes_linear_time(piece: str) -> None:
     def seconds(length: int) -> float:
         value = piece * (length // len(piece))

@@ -104,8 +104,16 @@ class HostSettings:
                 if self._seen is None:
                     raise
                 logger.warning("settings stay as they were: %s", error)
-            self._seen = copy.deepcopy(now)
+            self._seen = _copy(now)
         return self._settings
+
+
+def _copy(values: dict[str, Any]) -> dict[str, Any]:
+    """Deep, so that a change inside `extra_config` is seen; shallow where something cannot be copied."""
+    try:
+        return copy.deepcopy(values)
+    except Exception:
+        return {name: copy.copy(value) for name, value in values.items()}
 
 
 class HostMetrics:

@@ -5,7 +5,7 @@ import os
 
 from aiohttp import web
 
-from lmcache_api.app import COMPONENT
+from lmcache_api.app import COMPONENT, call
 from lmcache_shared import secrets
 from lmcache_shared.responses import text_response
 
@@ -16,4 +16,5 @@ router = web.RouteTableDef()
 async def env(request: web.Request) -> web.Response:
     """A JSON object of the environment, sorted, as plain text; what looks like a secret is `***`."""
     extra_names = request.app[COMPONENT].settings.internal_api_server_env_mask or []
-    return text_response(json.dumps(secrets.masked(os.environ, extra_names), indent=2, sort_keys=True))
+    values = await call(request, lambda: secrets.masked(os.environ, extra_names), "reading the environment")
+    return text_response(json.dumps(values, indent=2, sort_keys=True))

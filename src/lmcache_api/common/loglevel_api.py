@@ -57,7 +57,7 @@ def _level_of(name: str) -> str:
 
 def _logger(name: str) -> logging.Logger:
     known = logging.Logger.manager.loggerDict
-    if name not in known and (len(name) > MAX_NAME_LENGTH or len(known) >= MAX_LOGGERS):
+    if name not in known and name != "root" and (len(name) > MAX_NAME_LENGTH or len(known) >= MAX_LOGGERS):
         raise Refusal(
             400,
             f"logger_name {name[:MAX_NAME_LENGTH]!r} is not known, and no logger is made for it: its name is longer"

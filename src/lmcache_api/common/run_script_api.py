@@ -12,12 +12,15 @@ import logging
 import threading
 import traceback
 from collections.abc import AsyncIterator, Sequence
+from email.errors import MessageError
+from email.parser import BytesParser
+from email.policy import HTTP
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from aiohttp import BodyPartReader, web
+from aiohttp import web
 
-from lmcache_api.app import COMPONENT
+from lmcache_api.app import COMPONENT, call
 from lmcache_shared.responses import text_response
 
 logger = logging.getLogger(__name__)
@@ -33,7 +36,13 @@ DISABLED = (
 NAME = "<script>"
 
 MAX_PARTS = 16
-"""Parts of a form that are looked through for the script."""
+"""Parts that a form may have."""
+
+FORM_BYTES = 64 << 10
+"""What a form may hold beside the script."""
+
+READ_SECONDS = 30.0
+"""How long a form may take to come."""
 
 MAX_RESULT_CHARACTERS = 8 << 20
 """Longest result that is answered."""
@@ -68,7 +77,7 @@ class ScriptRunner:
     @property
     def busy(self) -> bool:
         """Whether a script runs, be it one that was told to stop and goes on."""
-        return self._outcome is not None and not self._outcome.done()
+        return self._outcome is not None and not self._outcome.done() and self._thread is not None
 
     async def run(self, source: bytes, app: object, allowed: Sequence[str], seconds: float) -> str:
         """What the script answers.
@@ -101,7 +110,7 @@ class ScriptRunner:
         CPython raises the exception at the thread's next bytecode: a loop ends; a call into C (a sleep, a lock) goes
         on.
         """
-        if self._thread is not None and self.busy:
+        if self._thread is not None and self._thread.is_alive() and self.busy:
             thread_id = ctypes.c_ulong(self._thread.ident or 0)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, ctypes.py_object(_Deadline))
 
@@ -131,12 +140,8 @@ async def run_script(request: web.Request) -> web.Response:
         return text_response(DISABLED, status=404)
     try:
         source = await _read_script(request, settings.run_script_max_bytes)
-    except _TooLarge as error:
-        return text_response(str(error), status=413)
-    except (ValueError, RuntimeError, AssertionError) as error:  # what aiohttp raises on a malformed form
-        return text_response(f"The form cannot be read: {error}", status=400)
-    if source is None:
-        return text_response("No script file provided", status=400)
+    except _BadForm as error:
+        return text_response(str(error), status=error.status)
     runner = request.app[RUNNER]
     if runner.busy:
         return text_response("Another script is still running; try again when it has ended", status=409)
@@ -152,51 +157,97 @@ async def run_script(request: web.Request) -> web.Response:
         return text_response(message, status=504)
 
 
-class _TooLarge(Exception):
-    pass
+class _BadForm(Exception):
+    """There is no script in the request that could be run."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
 
 
-async def _read_script(request: web.Request, max_bytes: int) -> bytes | None:
-    """The bytes of the form's file `script`; `None` when there is none."""
-    if request.content_type != "multipart/form-data":
+async def _read_script(request: web.Request, max_script: int) -> bytes:
+    """The bytes of the form's file `script`.
+
+    Raises:
+        _BadForm: no form, no script in it, too large, or too slow.
+    """
+    content_type = request.headers.get("Content-Type", "")
+    try:
+        body = await asyncio.wait_for(_read_body(request, max_script + FORM_BYTES), READ_SECONDS)
+        source = await call(request, lambda: _script_of(content_type, body), "reading the form")
+    except asyncio.TimeoutError:
+        raise _BadForm(408, f"The form did not come within {READ_SECONDS:g} seconds") from None
+    except (ValueError, web.RequestPayloadError) as error:
+        raise _BadForm(400, f"The form cannot be read: {error}") from None
+    if source is None:
+        raise _BadForm(400, "No script file provided")
+    if len(source) > max_script:
+        raise _BadForm(413, f"The script is larger than {max_script} bytes (run_script_max_bytes)")
+    return source
+
+
+async def _read_body(request: web.Request, limit: int) -> bytes:
+    body = bytearray()
+    while piece := await request.content.readany():
+        body += piece
+        if len(body) > limit:
+            raise _BadForm(413, f"The form is larger than {limit} bytes (run_script_max_bytes and {FORM_BYTES} beside)")
+    return bytes(body)
+
+
+def _script_of(content_type: str, body: bytes) -> bytes | None:
+    """The bytes of the form's file `script`, the last one of that name; `None` when there is none.
+
+    Read by the standard library's MIME parser, off the event loop.
+
+    Raises:
+        ValueError: this is no form, or it breaks off: half a script is never run.
+    """
+    if not content_type.lower().startswith("multipart/form-data"):
         return None
-    reader = await request.multipart()
-    script = None
-    for _ in range(MAX_PARTS):
-        part = await reader.next()  # raises where the form breaks off: half a script is never run
-        if part is None:
-            return script
-        if not isinstance(part, BodyPartReader):
-            raise ValueError(f"the part {part.headers.get('Content-Disposition')} is a form of its own")
-        data = await _read_part(part, max_bytes)
-        if part.name == "script" and part.filename is not None:
-            script = data
-    raise ValueError(f"more than {MAX_PARTS} parts")
-
-
-async def _read_part(part: BodyPartReader, max_bytes: int) -> bytes:
-    data = bytearray()
-    while chunk := await part.read_chunk():
-        data += chunk
-        if len(data) > max_bytes:
-            raise _TooLarge(f"The part {part.name!r} is larger than {max_bytes} bytes (run_script_max_bytes)")
-    return bytes(part.decode(bytes(data)))
+    try:
+        head = b"Content-Type: " + content_type.encode("latin-1", "replace") + b"\r\n\r\n"
+        message = BytesParser(policy=HTTP).parsebytes(head + body)
+        parts = list(message.iter_parts())
+    except (RecursionError, MessageError, LookupError, AttributeError, TypeError) as error:
+        raise ValueError(type(error).__name__) from None
+    if message.defects or any(part.defects or part.is_multipart() for part in parts):
+        raise ValueError("it is no whole multipart form")
+    if len(parts) > MAX_PARTS:
+        raise ValueError(f"more than {MAX_PARTS} parts")
+    scripts = [
+        part
+        for part in parts
+        if part.get_param("name", header="content-disposition") == "script" and part.get_filename() is not None
+    ]
+    if not scripts:
+        return None
+    payload = scripts[-1].get_payload(decode=True)
+    return payload if isinstance(payload, bytes) else None
 
 
 def _work(outcome: "concurrent.futures.Future[str]", source: bytes, app: object, allowed: Sequence[str]) -> None:
+    failure = "it ended without an answer"
     try:
-        answer = _execute(source, app, allowed)
-    except BaseException as error:
-        logger.info("a script of /run_script failed: %r", error)
-        outcome.set_exception(ScriptFailed(f"{str(error) or type(error).__name__}{_line(error)}"))
-    else:
-        outcome.set_result(answer)
+        try:
+            answer = _execute(source, app, allowed)
+        except BaseException as error:
+            failure = type(error).__name__  # its text is the script's own code, which may fail too
+            logger.info("a script of /run_script failed%s", _line(error))
+            failure = str.__str__(str(error)) or failure
+        else:
+            outcome.set_result(answer)
+    except BaseException:
+        logger.info("a script's error has no text: %s", failure)
+    finally:
+        if not outcome.done():
+            outcome.set_exception(ScriptFailed(failure))
 
 
 def _line(error: BaseException) -> str:
-    """Where in the script it happened; a syntax error says so by itself."""
+    """Where in the script it happened, for the log; the answer is LMCache's to the letter."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == NAME]
-    return f" (line {lines[-1]})" if lines else ""
+    return f" in line {lines[-1]}" if lines else ""
 
 
 def _execute(source: bytes, app: object, allowed: Sequence[str]) -> str:
@@ -210,7 +261,7 @@ def _execute(source: bytes, app: object, allowed: Sequence[str]) -> str:
 
     scope: dict[str, Any] = {"__builtins__": {**BUILTINS, "__import__": allowed_import}, "app": app}
     exec(compile(source, NAME, "exec"), scope)  # noqa: S102 - it is what the endpoint is for
-    answer = str(scope.get("result", "Script executed successfully"))
+    answer = str.__str__(str(scope.get("result", "Script executed successfully")))  # a plain one, no subclass of theirs
     if len(answer) > MAX_RESULT_CHARACTERS:
         raise ValueError(f"its result has {len(answer)} characters; at most {MAX_RESULT_CHARACTERS} are answered")
     return answer

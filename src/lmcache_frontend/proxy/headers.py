@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from multidict import CIMultiDict, MultiMapping
 
 HOP_BY_HOP = frozenset(
@@ -22,6 +24,11 @@ HOP_BY_HOP = frozenset(
 _ANSWERED_HERE = frozenset({"host", "expect"})
 """Request fields that this server has acted on: the target has a host of its own, and `100 Continue` went out."""
 
+_NOT_FOR_THIS_ORIGIN = frozenset({"clear-site-data", "service-worker-allowed", "content-security-policy"})
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
 VIA = "1.1 lmcache-frontend"
 
 
@@ -34,16 +41,27 @@ def request_headers(headers: MultiMapping[str]) -> CIMultiDict[str]:
 
 
 def response_headers(headers: MultiMapping[str]) -> CIMultiDict[str]:
-    """What the caller gets of a response's fields."""
-    return _end_to_end(headers, frozenset())
+    """What the caller gets of a response's fields.
+
+    A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing.
+    """
+    forwarded = _end_to_end(headers, _NOT_FOR_THIS_ORIGIN)
+    forwarded["Content-Security-Policy"] = "sandbox"
+    forwarded["X-Content-Type-Options"] = "nosniff"
+    return forwarded
 
 
 def _end_to_end(headers: MultiMapping[str], also: frozenset[str]) -> CIMultiDict[str]:
     named = {name.strip().lower() for value in headers.getall("Connection", []) for name in value.split(",")}
     dropped = HOP_BY_HOP | also | named
-    return CIMultiDict((name, _sendable(value)) for name, value in headers.items() if name.lower() not in dropped)
+    return CIMultiDict(
+        (name, sendable(value))
+        for name, value in headers.items()
+        if name.lower() not in dropped and _TOKEN.fullmatch(name)
+    )
 
 
-def _sendable(value: str) -> str:
-    """aiohttp reads a byte that is no UTF-8 as a lone surrogate and cannot write it; such a byte becomes `?`."""
-    return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+def sendable(value: str) -> str:
+    """What aiohttp reads and cannot write becomes `?`: control characters, and bytes that are no UTF-8."""
+    clean = _CONTROL.sub("?", value)
+    return clean if clean.isascii() else clean.encode("utf-8", "replace").decode("utf-8")

@@ -13,7 +13,8 @@ from lmcache_frontend.nodes.registry import Registry
 from lmcache_shared.address import Address, UnixAddress, is_loopback_host, unix_address
 from lmcache_shared.errors import AddressError, Refusal
 
-_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
+_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
+"""Fields of a request that came through another proxy, another frontend among them."""
 
 
 class Policy:
@@ -61,13 +62,12 @@ class Policy:
 def is_local_caller(request: web.Request) -> bool:
     """Whether the caller is on this machine: it connects over loopback, and no other proxy speaks for it.
 
-    A page of another site in a local browser connects over loopback too. It does not count: the browser tells of it
-    (Fetch Metadata), or the page came by a name that was made to point here (DNS rebinding), which `Host` shows.
+    A page in a local browser that came by a name that was made to point here (DNS rebinding) connects over loopback
+    too; it does not count, and `Host` shows it. What a page of another site asks is refused before
+    (`lmcache_shared.access`).
     """
     peer = request.transport.get_extra_info("peername") if request.transport else None
     if not isinstance(peer, tuple) or any(name in request.headers for name in _FORWARDED):
-        return False
-    if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
         return False
     try:
         asked_host = URL(f"http://{request.host}").host or ""

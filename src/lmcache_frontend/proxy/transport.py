@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 
 import aiohttp
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from yarl import URL
 
-from lmcache_frontend.proxy.headers import request_headers, response_headers
+from lmcache_frontend.proxy.headers import request_headers, response_headers, sendable
 from lmcache_shared.address import Address, TcpAddress
 from lmcache_shared.errors import Refusal
 
@@ -67,8 +67,7 @@ class Target:
     def url(self, path: str) -> URL:
         """`path`, with its query, at this target; nothing in it is decoded, sorted or encoded anew."""
         if isinstance(self.address, TcpAddress):
-            host, port = self.address.url_host, self.address.port  # as it is encoded, the host has its brackets already
-            return URL.build(scheme="http", host=host, port=port, path=path, encoded=True)
+            return URL.build(scheme="http", authority=str(self.address), path=path, encoded=True)
         return URL.build(scheme="http", host="localhost", path=path, encoded=True)
 
 
@@ -86,17 +85,20 @@ class Targets:
     async def get(self, address: Address) -> Target:
         """The target at `address`, made at its first use."""
         target = self._targets.get(address)
-        if target is None:
-            target = self._targets[address] = Target(address)
-            await self._drop_unused()
-        self._targets.move_to_end(address)
+        if target is not None:
+            self._targets.move_to_end(address)
+            return target
+        target = self._targets[address] = Target(address)
+        with target:  # nobody else drops it while this waits
+            for unused in self._take_unused():
+                await unused.session.close()
         return target
 
-    async def _drop_unused(self) -> None:
-        others = [a for a in self._targets if not self._is_registered(a)]
-        for address in others[: max(0, len(others) - MAX_UNREGISTERED_TARGETS)]:
-            if self._targets[address].in_use == 0:
-                await self._targets.pop(address).session.close()
+    def _take_unused(self) -> list[Target]:
+        """The targets to give up, taken out at once: while they are closed, others may come and go."""
+        others = [address for address in self._targets if not self._is_registered(address)]
+        surplus = others[: max(0, len(others) - MAX_UNREGISTERED_TARGETS)]
+        return [self._targets.pop(address) for address in surplus if self._targets[address].in_use == 0]
 
     async def close(self) -> None:
         while self._targets:
@@ -119,7 +121,7 @@ async def forward(request: web.Request, target: Target, path: str) -> web.Stream
                 request.method,
                 target.url(path),
                 headers=request_headers(request.headers),
-                data=request.content if request.can_read_body else None,
+                data=_pieces(request) if request.can_read_body else None,
                 allow_redirects=False,
             )
         except asyncio.TimeoutError:
@@ -134,20 +136,38 @@ async def forward(request: web.Request, target: Target, path: str) -> web.Stream
 
 
 async def _send_back(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
-    response = web.StreamResponse(
-        status=upstream.status, reason=upstream.reason, headers=response_headers(upstream.headers)
-    )
+    if not 200 <= upstream.status <= 599:
+        raise Refusal(502, f"Error communicating with target service: it answers with the status {upstream.status}")
+    headers = response_headers(upstream.headers)
+    response = web.StreamResponse(status=upstream.status, reason=sendable(upstream.reason or ""), headers=headers)
+    if request.version < HttpVersion11 and "Content-Length" not in headers:
+        response.force_close()  # HTTP/1.0 knows no other end of such a body
     try:
         with _lost_connections_end(upstream):
             await response.prepare(request)
             async for chunk in upstream.content.iter_any():
-                await response.write(chunk)
+                await _write(request, response, chunk)
         await response.write_eof()
     except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as error:
         logger.info("%s %s broke off: %s", request.method, request.path, error or type(error).__name__)
         if request.transport is not None:
             request.transport.abort()
     return response
+
+
+async def _pieces(request: web.Request) -> AsyncIterator[bytes]:
+    """The request's body as it comes; a caller that stops sending does not hold a connection to the target."""
+    while piece := await asyncio.wait_for(request.content.readany(), READ_SECONDS):
+        yield piece
+
+
+async def _write(request: web.Request, response: web.StreamResponse, chunk: bytes) -> None:
+    """Send a piece on; a caller that stops reading does not hold a connection to the target."""
+    transport = request.transport
+    if transport is not None and transport.get_write_buffer_size() > 0:
+        await asyncio.wait_for(response.write(chunk), READ_SECONDS)
+    else:
+        await response.write(chunk)
 
 
 @contextlib.contextmanager

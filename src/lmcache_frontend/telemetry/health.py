@@ -12,7 +12,7 @@ import aiohttp
 
 from lmcache_frontend.nodes.node import Node
 from lmcache_frontend.nodes.registry import Registry
-from lmcache_frontend.proxy.transport import Target, Targets, reason
+from lmcache_frontend.proxy.transport import Target, reason
 
 PROBE_SECONDS = 2.0
 """How long one node has to answer."""
@@ -44,9 +44,8 @@ class NodeHealth:
 class HealthBoard:
     """The health of all nodes, asked once for everybody who wants to know at the same time."""
 
-    def __init__(self, registry: Registry, targets: Targets) -> None:
+    def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._targets = targets
         self._round: asyncio.Task[list[NodeHealth]] | None = None
         self._round_ended = 0.0
         self._late: set[Node] = set()
@@ -82,12 +81,16 @@ class HealthBoard:
 
     async def _ask(self, node: Node, gate: asyncio.Semaphore) -> NodeHealth:
         async with gate:
+            # A client of its own: a node whose pool is full of stuck calls is up, and 10,000 idle connections are none.
+            target = Target(node.reach.address)
             try:
-                return await asyncio.wait_for(_probe(node, await self._targets.get(node.reach.address)), PROBE_SECONDS)
+                return await asyncio.wait_for(_probe(node, target), PROBE_SECONDS)
             except asyncio.TimeoutError:
                 return NodeHealth(node, False, problem=f"no answer within {PROBE_SECONDS:g} seconds")
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 return NodeHealth(node, False, problem=_problem(error))
+            finally:
+                await target.session.close()
 
 
 async def _probe(node: Node, target: Target) -> NodeHealth:
@@ -106,7 +109,7 @@ async def _answer(target: Target, path: str) -> object:
         ValueError: it answers with an error of its own (5xx).
     """
     with target as session:
-        async with session.get(target.url(path)) as response:
+        async with session.get(target.url(path), allow_redirects=False) as response:
             body = await response.content.read(MAX_ANSWER_BYTES)
     if response.status >= 500:
         raise ValueError(f"answers {response.status}")
@@ -117,7 +120,12 @@ async def _answer(target: Target, path: str) -> object:
 
 
 def _short(value: object) -> str | None:
-    return value[:MAX_SHOWN_LENGTH] if isinstance(value, str) and value else None
+    return _printable(value[:MAX_SHOWN_LENGTH]) if isinstance(value, str) and value else None
+
+
+def _printable(text: str) -> str:
+    """JSON can hold half a character (a lone surrogate), which no page can."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _problem(error: Exception) -> str:
@@ -127,4 +135,4 @@ def _problem(error: Exception) -> str:
         return os.strerror(number) if number > 0 else error.os_error.strerror or "cannot connect"
     if isinstance(error, aiohttp.ClientResponseError):
         return "answers something that is no HTTP"
-    return reason(error)
+    return _printable(reason(error))

@@ -1,0 +1,34 @@
+"""Who is calling: requests that a page of another site makes in an operator's browser are refused.
+
+Browsers tell where a request comes from (`Sec-Fetch-Site`, Fetch Metadata; older ones `Origin`). Programs such as curl
+and Prometheus send neither and are not touched. Following a link from elsewhere to a page is allowed.
+"""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from lmcache_shared.errors import Handler, Refusal
+
+_OWN = frozenset({"none", "same-origin"})
+
+
+@web.middleware
+async def own_site_only(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse what another site's page asks.
+
+    Raises:
+        Refusal: 403.
+    """
+    if is_from_another_site(request):
+        raise Refusal(403, "a page of another site made this request; it is refused (Sec-Fetch-Site, Origin)")
+    return await handler(request)
+
+
+def is_from_another_site(request: web.Request) -> bool:
+    headers = request.headers
+    sites = headers.getall("Sec-Fetch-Site", [])
+    if sites and not _OWN.issuperset(sites):
+        return not (request.method == "GET" and headers.getall("Sec-Fetch-Mode", []) == ["navigate"])
+    origins = headers.getall("Origin", [])
+    return not sites and any(origin.partition("://")[2] != request.host for origin in origins)
