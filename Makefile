@@ -1,9 +1,10 @@
 # `make run` and `make test` need Python 3.10 or newer and nothing else; `make help` lists the rest.
 PYTHON ?= python3
 VENV ?= .venv
-WORKERS ?= 2
-HOST ?= 127.0.0.1
-PORT ?= 8080
+# Not from the environment: shells and conda set HOST and PORT for other ends.
+WORKERS = 2
+HOST = 127.0.0.1
+PORT = 8080
 CONFIG ?= config/lmcache.yaml
 BIN := $(VENV)/bin
 SOURCES := src tests tools benchmarks hatch_build.py

@@ -78,6 +78,7 @@ def _run(options: argparse.Namespace, stop: threading.Event, children: list[Chil
         print(_welcome(placements, frontend), flush=True)
     while not stop.wait(0.2):
         for child in children:
+            child.read()  # or a script that prints would one day wait for room in the pipe
             if child.ended:
                 print(f"make run: {child.name} ended with code {child.process.returncode}", file=sys.stderr)
                 return 1

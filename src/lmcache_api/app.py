@@ -18,6 +18,9 @@ T = TypeVar("T")
 COMPONENT: web.AppKey[Component] = web.AppKey("component", Component)
 POOL: web.AppKey[BlockingPool] = web.AppKey("pool", BlockingPool)
 
+DIAGNOSTICS: web.AppKey[BlockingPool] = web.AppKey("diagnostics pool", BlockingPool)
+"""A thread of its own for what tells why the others hang."""
+
 CATEGORIES: tuple[Category, ...] = ("common", "vllm")
 ENTRY_POINTS = "lmcache_api.routes"
 """Installed packages declare modules with routes under this entry point."""
@@ -40,7 +43,8 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
     app = web.Application(middlewares=[refusals, own_site_only, _without_slash], client_max_size=MAX_BODY_BYTES)
     app[COMPONENT] = component
     app[POOL] = BlockingPool(f"lmcache-api-{component.index}")
-    app.cleanup_ctx.append(_close_pool)
+    app[DIAGNOSTICS] = BlockingPool(f"lmcache-api-{component.index}-diagnostics", threads=1, waiting=16)
+    app.cleanup_ctx.append(_close_pools)
     packages = [f"lmcache_api.{category}" for category in (CATEGORIES if categories is None else categories)]
     folders = component.settings.internal_api_server_route_folders or []
     routes.add_routes(
@@ -60,16 +64,19 @@ _without_slash = web.normalize_path_middleware(
 """`/metrics/` is sent on to `/metrics`, as by LMCache's own server."""
 
 
-async def call(request: web.Request, function: Callable[[], T], what: str) -> T:
+async def call(
+    request: web.Request, function: Callable[[], T], what: str, *, pool: web.AppKey[BlockingPool] = POOL
+) -> T:
     """Make a call that may take time, off the event loop and under the settings' deadline.
 
     Raises:
         Refusal: 503 when too many calls wait, 504 past the deadline; the text names `what`.
     """
     seconds = request.app[COMPONENT].settings.internal_api_server_call_seconds
-    return await request.app[POOL].run(function, seconds=seconds, what=what)
+    return await request.app[pool].run(function, seconds=seconds, what=what)
 
 
-async def _close_pool(app: web.Application) -> AsyncIterator[None]:
+async def _close_pools(app: web.Application) -> AsyncIterator[None]:
     yield
     app[POOL].close()
+    app[DIAGNOSTICS].close()

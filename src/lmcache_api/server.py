@@ -96,12 +96,17 @@ class InternalAPIServer:
         self.enable = False
         self.failure: OpsError | None = None
         self._manager = lmcache_manager
+        self._stopped = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._server: ComponentServer | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make the server that the settings ask for now."""
         try:
-            component = _component(lmcache_manager)
+            component = _component(self._manager)
             settings = component.settings
             self.enable = settings.internal_api_server_enabled and serves(settings, component.index)
             if self.enable:
@@ -126,8 +131,16 @@ class InternalAPIServer:
         return str(self._server.placement.address) if self._server else None
 
     def start(self) -> None:
-        """Serve from a thread named `api-server-thread`; returns when it listens or has failed."""
-        if self._server is None or self._thread is not None:
+        """Serve from a thread named `api-server-thread`; returns when it listens or has failed.
+
+        After `stop` it starts anew, with the settings as they are then.
+        """
+        if self._thread is not None:
+            return
+        if self._stopped:
+            self._stopped = False
+            self._prepare()
+        if self._server is None:
             return
         ready = threading.Event()
         self._thread = threading.Thread(
@@ -150,6 +163,8 @@ class InternalAPIServer:
         if thread.is_alive():
             logger.warning("internal API on %s: a request did not end in time; its thread is left", self.address)
         self._thread = None
+        self._stopped = True
+        self._server = None
 
     def _run(self, server: ComponentServer, ready: threading.Event) -> None:
         loop = uvloop.new_event_loop()

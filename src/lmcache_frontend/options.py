@@ -33,7 +33,7 @@ class Options:
         "The proxy also reaches Unix sockets whose path begins like this; empty: registered nodes alone.",
     )
     route_folder: list[str] | None = setting(None, "Folders whose *_api.py and *_page.py files are served too.")
-    log_level: str = setting("warning", f"How much to log: {', '.join(LOG_LEVELS)}.")
+    log_level: str = setting("warning", "How much to log: critical, error, warning, info, debug, trace.")
 
 
 DEFINITIONS = definitions_of(Options)

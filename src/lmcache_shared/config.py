@@ -32,6 +32,9 @@ CONFIG_FILE_VARIABLE = "LMCACHE_CONFIG_FILE"
 MAX_FILE_BYTES = 1 << 20
 """Largest configuration file that is read."""
 
+LMCACHES_OWN = frozenset({"internal_api_server_log_level"})
+"""Settings of LMCache that begin so too and mean nothing here."""
+
 MAX_ALIASES = 32
 MAX_DIGITS = 20
 MAX_SHOWN = 80
@@ -66,8 +69,8 @@ def load(
     if path is not None:
         found.add_mapping(read_yaml(path), str(path))
     found.add_environment(environ)
-    for override in overrides:
-        found.add_override(override)
+    for override in sorted(overrides, key=lambda override: not override.startswith(f"{EXTRA}=")):
+        found.add_override(override)  # the whole section first, so that it does not undo what one of its keys sets
     return found.settings()
 
 
@@ -158,7 +161,7 @@ class _Found:
             raise ConfigError(f"--set {override}: expected key=value")
         ((name, text),) = _with_current_names({key: _unquoted(value)}, "--set").items()
         inner = name.removeprefix(f"{EXTRA}.")
-        if inner not in DEFINITIONS and inner.startswith(OUR_PREFIXES):
+        if inner not in DEFINITIONS and inner not in LMCACHES_OWN and inner.startswith(OUR_PREFIXES):
             raise ConfigError(f"--set {key}: there is no such setting{_did_you_mean(inner)}")
         self._set(name, text, f"--set {key}")
 
@@ -195,7 +198,7 @@ class _Found:
 
 def _warn_of_a_slip(name: str, place: str) -> None:
     """A key that begins like ours and is none is a slip; LMCache's many others are not ours to judge."""
-    if name.startswith(OUR_PREFIXES):
+    if name.startswith(OUR_PREFIXES) and name not in LMCACHES_OWN:
         logger.warning("%s: there is no such setting; it is ignored%s", place, _did_you_mean(name))
 
 

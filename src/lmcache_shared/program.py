@@ -25,6 +25,7 @@ LOG_LEVELS: dict[str, int] = {
     "critical": logging.CRITICAL,
     "error": logging.ERROR,
     "warning": logging.WARNING,
+    "warn": logging.WARNING,
     "info": logging.INFO,
     "debug": logging.DEBUG,
     "trace": TRACE,

@@ -1,4 +1,5 @@
 import asyncio
+import threading
 import time
 from typing import Any
 
@@ -137,6 +138,24 @@ async def test_a_component_that_hangs_is_a_504_and_the_loop_goes_on(api_server: 
     response = await slow
     assert response.status == 504
     assert "not done within 0.1 seconds" in (await response.json())["detail"]
+
+
+async def test_threads_are_told_while_every_call_hangs(api_server: StartApi) -> None:
+    gate = threading.Event()
+
+    class Stuck(EmbeddedComponent):
+        def periodic_threads(self) -> list[PeriodicThreadStatus]:
+            gate.wait(30)
+            return []
+
+    server = await api_server(component=Stuck, internal_api_server_call_seconds=2.0)
+    calls = [asyncio.create_task(server.client.get("/periodic-threads").__aenter__()) for _ in range(10)]
+    await asyncio.sleep(0.2)
+    async with server.client.get("/threads?name=lmcache-api") as response:
+        assert response.status == 200
+        assert "gate.wait(30)" in await response.text()
+    gate.set()
+    await asyncio.gather(*calls)
 
 
 async def test_a_component_that_fails_is_a_500_without_a_traceback(

@@ -47,6 +47,10 @@ async def test_a_managers_worker_is_served_from_a_thread(tmp_path: Path) -> None
     server.stop()
     server.stop()
     assert not (tmp_path / "s_7002").exists()
+    server.start()  # once more, as an engine that restarts its services does
+    assert (await ask(server, "/version"))[0] == 200
+    server.stop()
+    assert not (tmp_path / "s_7002").exists()
     assert "api-server-thread" not in [thread.name for thread in threading.enumerate()]
 
 

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from lmcache_frontend.options import DEFINITIONS, Options, parser, read_options
+from lmcache_frontend.pytest_plugin import StartFrontend
 from lmcache_shared.errors import ConfigError
 
 
@@ -25,7 +28,11 @@ def test_the_command_line_over_the_environment() -> None:
         (["--port", "x"], {}, '--port: expected int, found "x"'),
         (["--port", "0"], {}, "--port: expected int from 1 to 65535"),
         ([], {"LMCACHE_FRONTEND_PORT": ""}, 'environment: LMCACHE_FRONTEND_PORT: expected int, found ""'),
-        (["--log-level", "loud"], {}, "--log-level loud: expected one of critical, error, warning, info, debug, trace"),
+        (
+            ["--log-level", "loud"],
+            {},
+            "--log-level loud: expected one of critical, error, warning, warn, info, debug, trace",
+        ),
     ],
 )
 def test_errors_name_where_the_value_came_from(arguments: list[str], environ: dict[str, str], message: str) -> None:
@@ -39,3 +46,15 @@ def test_every_option_is_in_the_help() -> None:
     for name in DEFINITIONS:
         assert "--" + name.replace("_", "-") in text
         assert f"LMCACHE_FRONTEND_{name.upper()}" in text
+
+
+async def test_route_folders_serve_endpoints_and_pages(frontend_server: StartFrontend, tmp_path: Path) -> None:
+    for name in ("mine_api", "mine_page"):
+        (tmp_path / f"{name}.py").write_text(
+            "from aiohttp import web\nrouter = web.RouteTableDef()\n"
+            f"@router.get('/{name}')\nasync def mine(request):\n    return web.Response(text='{name}')\n"
+        )
+    frontend = await frontend_server(route_folder=[str(tmp_path)])
+    for name in ("mine_api", "mine_page"):
+        async with frontend.client.get(f"/{name}") as response:
+            assert await response.text() == name

@@ -388,7 +388,7 @@ async def test_clients_of_unregistered_targets_are_bounded(
         frontend = await frontend_for(frontend_server, upstream.node)
         targets = frontend.server._runner.app[TARGETS]
         kept = await targets.get(next(frontend.server.registry.nodes()).address)
-        for port in range(9000, 9010):
+        for port in [free_port() for _ in range(10)]:
             async with frontend.client.get(f"/proxy/localhost/{port}/") as response:
                 assert response.status == 502
         assert len(targets._targets) == 4
@@ -480,7 +480,7 @@ async def test_many_targets_at_once(frontend_server: StartFrontend, monkeypatch:
             return response.status
 
     for _ in range(5):
-        assert set(await asyncio.gather(*(ask(port) for port in range(9100, 9140)))) == {502}
+        assert set(await asyncio.gather(*(ask(free_port()) for _ in range(40)))) == {502}
 
 
 @pytest.mark.parametrize("host", ["[::1%25a@[fd00::2]]", "[::1%25a@x]", "a..b", "x" * 64, "[::1%25]"])

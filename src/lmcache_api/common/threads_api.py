@@ -9,7 +9,7 @@ from types import FrameType
 
 from aiohttp import web
 
-from lmcache_api.app import call
+from lmcache_api.app import DIAGNOSTICS, call
 from lmcache_shared.responses import text_response
 from lmcache_shared.schema import parse_query
 
@@ -37,7 +37,8 @@ async def threads(request: web.Request) -> web.Response:
     query = parse_query(request, ThreadsQuery)
     part = (query.name or "").lower()
     tasks = [] if query.thread_id else _tasks(part)
-    return text_response(await call(request, lambda: _report(part, query.thread_id, tasks), "reading the threads"))
+    report = await call(request, lambda: _report(part, query.thread_id, tasks), "reading the threads", pool=DIAGNOSTICS)
+    return text_response(report)
 
 
 def _report(part: str, thread_id: int | None, tasks: list[str]) -> str:
@@ -67,6 +68,11 @@ def _tasks(part: str) -> list[str]:
 
 
 def _task(task: "asyncio.Task[object]") -> str:
-    stack = [f'  File "{f.f_code.co_filename}", line {f.f_lineno}, in {f.f_code.co_name}\n' for f in task.get_stack()]
-    what = getattr(task.get_coro(), "__qualname__", task.get_coro())
-    return f"Task: {task.get_name()} ({what})\nStack trace:\n" + "".join(stack[-MAX_FRAMES:])
+    coroutine = task.get_coro()
+    what = getattr(coroutine, "__qualname__", coroutine)
+    lines: list[str] = []
+    waiting: object = coroutine
+    while (frame := getattr(waiting, "cr_frame", None)) is not None and len(lines) < MAX_FRAMES:
+        lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
+        waiting = getattr(waiting, "cr_await", None)  # what it waits for, down to the innermost coroutine
+    return f"Task: {task.get_name()} ({what})\nStack trace:\n" + "".join(lines)

@@ -35,8 +35,11 @@ def setup(app: web.Application) -> None:
     app.router.add_static("/static", HERE / "static")
 
 
-def render(request: web.Request, template: str, context: dict[str, Any]) -> web.Response:
-    """The page, with the version that its static files' addresses carry."""
-    response = aiohttp_jinja2.render_template(template, request, {**context, "version": VERSION})
-    response.headers.update(SECURITY_HEADERS)
-    return response
+def html(request: web.Request, template: str, context: dict[str, Any]) -> str:
+    """The page's text, with the version that its static files' addresses carry."""
+    return aiohttp_jinja2.render_string(template, request, {**context, "version": VERSION})
+
+
+def page(text: str) -> web.Response:
+    """The answer that carries a page."""
+    return web.Response(text=text, content_type="text/html", headers=SECURITY_HEADERS)

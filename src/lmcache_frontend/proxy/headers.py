@@ -21,8 +21,12 @@ HOP_BY_HOP = frozenset(
 )
 """Fields that concern one connection alone. `Connection` names further ones."""
 
-_ANSWERED_HERE = frozenset({"host", "expect"})
-"""Request fields that this server has acted on: the target has a host of its own, and `100 Continue` went out."""
+_ANSWERED_HERE = frozenset(
+    {"host", "expect", "origin", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user"}
+)
+"""Request fields that this server has acted on: the target has a host of its own, `100 Continue` went out, and whether
+another site's page asks has been looked at (`Origin` names this host, which is none to the target).
+"""
 
 _NOT_FOR_THIS_ORIGIN = frozenset({"clear-site-data", "service-worker-allowed", "content-security-policy"})
 

@@ -84,7 +84,10 @@ class HealthBoard:
             # A client of its own: a node whose pool is full of stuck calls is up, and 10,000 idle connections are none.
             target = Target(node.reach.address)
             try:
-                return await asyncio.wait_for(_probe(node, target), PROBE_SECONDS)
+                clock = time.perf_counter()
+                version = await asyncio.wait_for(_answer(target, f"{node.reach.prefix}/version"), PROBE_SECONDS)
+                milliseconds = (time.perf_counter() - clock) * 1000
+                return NodeHealth(node, True, await _role(node, target), _short(version), milliseconds)
             except asyncio.TimeoutError:
                 return NodeHealth(node, False, problem=f"no answer within {PROBE_SECONDS:g} seconds")
             except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -93,13 +96,13 @@ class HealthBoard:
                 await target.session.close()
 
 
-async def _probe(node: Node, target: Target) -> NodeHealth:
-    clock = time.perf_counter()
-    version = await _answer(target, f"{node.reach.prefix}/version")
-    milliseconds = (time.perf_counter() - clock) * 1000
-    metadata = await _answer(target, f"{node.reach.prefix}/meta?names=role")
-    role = metadata.get("role") if isinstance(metadata, dict) else None
-    return NodeHealth(node, True, _short(role), _short(version), milliseconds)
+async def _role(node: Node, target: Target) -> str | None:
+    """What it says of its role; a node that has told its version is up whatever comes of this."""
+    try:
+        metadata = await asyncio.wait_for(_answer(target, f"{node.reach.prefix}/meta?names=role"), PROBE_SECONDS)
+    except (aiohttp.ClientError, OSError, ValueError, asyncio.TimeoutError):
+        return None
+    return _short(metadata.get("role")) if isinstance(metadata, dict) else None
 
 
 async def _answer(target: Target, path: str) -> object:
