@@ -63,7 +63,7 @@ async def serve(options: argparse.Namespace, stop: asyncio.Event) -> None:
         settings = replace(settings, internal_api_server_enabled=True)  # run by hand, it is wanted
     indexes = [index for index in wanted if serves(settings, index)]
     if not settings.internal_api_server_enabled or not indexes:
-        print(_why_off(settings, wanted))
+        program.say(_why_off(settings, wanted))
         return
     servers: list[ComponentServer] = []
     with contextlib.ExitStack() as components:
@@ -74,9 +74,9 @@ async def serve(options: argparse.Namespace, stop: asyncio.Event) -> None:
                 server = ComponentServer(component)
                 await server.start()
                 servers.append(server)
-                print(f"{server.placement.name} ({component.role}) serves on {server.placement.address}", flush=True)
+                program.say(f"{server.placement.name} ({component.role}) serves on {server.placement.address}")
             await stop.wait()
-            print("stopping", flush=True)
+            program.say("stopping")
         finally:
             await asyncio.gather(*(server.stop() for server in servers))  # together: each may drain for seconds
 

@@ -26,9 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     async def serve(stop: asyncio.Event) -> None:
         async with FrontendServer(options) as server:
             count = sum(1 for _ in server.registry.nodes())
-            print(f"frontend serves on http://{server.address} ({count} nodes)", flush=True)
+            program.say(f"frontend serves on http://{server.address} ({count} nodes)")
             await stop.wait()
-            print("stopping", flush=True)
+            program.say("stopping")
 
     return program.run(PROGRAM, serve)
 

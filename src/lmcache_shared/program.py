@@ -56,6 +56,12 @@ def run(program: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]
     return 0
 
 
+def say(text: str) -> None:
+    """Tell the operator on standard output; that nobody reads it, or that it cannot be written, stops no server."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, flush=True)
+
+
 async def _until_served(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()

@@ -59,9 +59,9 @@ class ManagerComponent:
     @property
     def version(self) -> Version:
         utils = sys.modules.get("lmcache.utils")
-        if utils is None:
-            return Version("unknown", "unknown", "unknown")
-        return Version(str(utils.VERSION), str(utils.COMMIT_ID), str(utils.get_version()))
+        number, commit = (str(getattr(utils, name, "unknown")) for name in ("VERSION", "COMMIT_ID"))
+        whole = getattr(utils, "get_version", None)
+        return Version(number, commit, str(whole()) if whole is not None else number)
 
     def metadata(self) -> Mapping[str, Any] | None:
         """What LMCache tells: every public attribute that is no method; torch's types as texts."""

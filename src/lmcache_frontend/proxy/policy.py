@@ -44,7 +44,8 @@ class Policy:
         raise Refusal(403, f"Target {address.host}:{address.port} is not a registered node")
 
     def _socket_under_prefix(self, address: UnixAddress) -> UnixAddress:
-        if self._prefix:
+        # The text is looked at first: no caller makes this look around in a folder of its choice.
+        if self._prefix and os.path.normpath(address.path).startswith(self._prefix):
             folder, name = os.path.split(self._prefix)
             real = os.path.realpath(address.path)
             if real.startswith(os.path.join(os.path.realpath(folder), name)):
