@@ -139,6 +139,7 @@ class InternalAPIServer:
             return
         if self._stopped:
             self._stopped = False
+            self.failure = None
             self._prepare()
         if self._server is None:
             return

@@ -31,4 +31,4 @@ def is_from_another_site(request: web.Request) -> bool:
     if sites and not _OWN.issuperset(sites):
         return not (request.method == "GET" and headers.getall("Sec-Fetch-Mode", []) == ["navigate"])
     origins = headers.getall("Origin", [])
-    return not sites and any(origin.partition("://")[2] != request.host for origin in origins)
+    return not sites and any(origin.partition("://")[2].lower() != request.host.lower() for origin in origins)

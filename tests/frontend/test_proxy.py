@@ -2,12 +2,15 @@ import asyncio
 import gzip
 import hashlib
 import io
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
 from aiohttp import web
+from multidict import CIMultiDict
 from yarl import URL
 
 from lmcache_api.pytest_plugin import StartApi, free_port
@@ -514,3 +517,85 @@ async def test_answers_that_cannot_go_on_as_they_are(
         frontend = await frontend_for(frontend_server, upstream.node)
         async with frontend.client.get("/proxy2/upstream/") as response:
             assert response.status in status
+
+
+@pytest.mark.parametrize("size", [MIB, 64 * MIB])
+async def test_a_caller_that_never_reads_does_not_hold_the_target(
+    frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(transport, "READ_SECONDS", 0.5)
+    gone = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (64 * MIB) + b"x" * size)
+        try:
+            await reader.read()  # until the frontend lets go, by an end or by a reset
+        finally:
+            gone.set()
+
+    async with serving(Upstream(talk=talk)) as upstream:
+        frontend = await frontend_for(frontend_server, upstream.node)
+        with socket.socket() as caller:
+            caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            caller.connect(("127.0.0.1", frontend.server.address.port))
+            caller.sendall(b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.wait_for(gone.wait(), 10)
+
+
+async def test_a_caller_that_stops_sending_does_not_hold_the_target(
+    frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "READ_SECONDS", 0.5)
+    gone = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        gone.set()
+
+    async with serving(Upstream(talk=talk)) as upstream:
+        frontend = await frontend_for(frontend_server, upstream.node)
+        with socket.socket() as caller:
+            caller.connect(("127.0.0.1", frontend.server.address.port))
+            caller.sendall(b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+            await asyncio.wait_for(gone.wait(), 10)
+
+
+async def test_every_via_goes_on(frontend_server: StartFrontend) -> None:
+    async with serving(Upstream()) as upstream:
+        frontend = await frontend_for(frontend_server, upstream.node)
+        line = b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\nVia: 1.0 a\xff\r\nVia: 1.1 b\r\nConnection: close\r\n\r\n"
+        assert (await raw(frontend.server.address.port, line)).startswith(b"HTTP/1.1 200")
+        assert b"Via: 1.0 a?, 1.1 b, 1.1 lmcache-frontend\r\n" in upstream.heads[0]
+
+
+async def test_one_large_piece_to_a_caller_that_never_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How large the pieces of an answer are is the network's choice; here it is ours, so its reader is made."""
+    monkeypatch.setattr(transport, "READ_SECONDS", 0.5)
+    ended = asyncio.Event()
+
+    class OnePiece:
+        async def iter_any(self) -> AsyncIterator[bytes]:
+            yield b"x" * (32 * MIB)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        headers = CIMultiDict({"Content-Length": str(32 * MIB)})
+        upstream = SimpleNamespace(status=200, reason="OK", headers=headers, connection=None, content=OnePiece())
+        try:
+            return await transport._send_back(request, upstream)  # type: ignore[arg-type]
+        finally:
+            ended.set()
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
+    await runner.setup()
+    port = free_port()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    try:
+        with socket.socket() as caller:
+            caller.connect(("127.0.0.1", port))
+            caller.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.wait_for(ended.wait(), 5)
+    finally:
+        await runner.cleanup()

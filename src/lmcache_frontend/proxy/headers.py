@@ -39,8 +39,7 @@ VIA = "1.1 lmcache-frontend"
 def request_headers(headers: MultiMapping[str]) -> CIMultiDict[str]:
     """What the target gets of a request's fields, and a `Via`."""
     forwarded = _end_to_end(headers, _ANSWERED_HERE)
-    via = headers.get("Via")
-    forwarded["Via"] = f"{via}, {VIA}" if via else VIA
+    forwarded["Via"] = ", ".join([*map(sendable, headers.getall("Via", [])), VIA])
     return forwarded
 
 
