@@ -15,7 +15,15 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def settings_table() -> list[str]:
-    rows = settings.DEFINITIONS.values()
+    return _settings_rows(engine=False)
+
+
+def engine_table() -> list[str]:
+    return _settings_rows(engine=True)
+
+
+def _settings_rows(*, engine: bool) -> list[str]:
+    rows = [row for row in settings.DEFINITIONS.values() if row.engine == engine]
     return [_row(f"`{row.key_path}`", f"`{row.env_name}`", _default(row), _meaning(row)) for row in rows]
 
 
@@ -32,7 +40,11 @@ def options_table() -> list[str]:
     ]
 
 
-TABLES = {"configuration.md": ("settings", settings_table), "frontend.md": ("options", options_table)}
+TABLES = {
+    "configuration.md": ("settings", settings_table),
+    "engine.md": ("engine", engine_table),
+    "frontend.md": ("options", options_table),
+}
 
 
 def with_table(text: str, name: str, rows: Iterable[str]) -> str:
@@ -44,7 +56,13 @@ def with_table(text: str, name: str, rows: Iterable[str]) -> str:
 
 
 def _meaning(row: Definition) -> str:
-    """Its help, and the range of what is taken."""
+    """Its help, and the range of what is taken, and whether `POST /conf` takes it."""
+    return _limited(row) + (" Mutable." if row.mutable else "")
+
+
+def _limited(row: Definition) -> str:
+    if row.choices:
+        return f"{row.help} ({', '.join(row.choices)})"
     if row.kind == settings.FileMode or (row.minimum is None and row.maximum is None):
         return row.help
     limits = f"{row.minimum:g} or more" if row.maximum is None else f"{row.minimum:g} to {row.maximum:.10g}"

@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Start a local LMCache control plane and stop it with Ctrl-C.")
     parser.add_argument("--config", default="config/lmcache.yaml", help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--load", default="2", help="made-up requests a second, 0 for none (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="where the frontend listens (default: %(default)s)")
     parser.add_argument("--port", default="8080", help="the frontend's port (default: %(default)s)")
     options = parser.parse_args(arguments)
@@ -62,12 +63,12 @@ def _run(options: argparse.Namespace, stop: threading.Event, children: list[Chil
     for address in [frontend, *(placement.address for placement in placements)]:
         check_address_free(address)
     api = ["lmcache_api", "--config", options.config, "--workers", str(options.workers), "--log-level", "warning"]
-    drain = ["--set", f"internal_api_server_drain_seconds={DRAIN_SECONDS}"]
+    changed = ["--set", f"internal_api_server_drain_seconds={DRAIN_SECONDS}", "--set", f"engine_load={options.load}"]
     nodes = ["--nodes", json.dumps([placement.node for placement in placements])]
     prefix = ["--socket-prefix", settings.internal_api_server_socket_path_prefix or ""]
     listen = ["--host", options.host, "--port", str(frontend.port)]
     for name, command, servers in (
-        ("the internal API servers", [*api, *drain], len(placements)),
+        ("the internal API servers", [*api, *changed], len(placements)),
         ("the frontend", ["lmcache_frontend", *listen, *prefix, *nodes], 1),
     ):
         child = Child(name, command)

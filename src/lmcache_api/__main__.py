@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lmcache_api.component import Component
 from lmcache_api.embedded import EmbeddedComponent
 from lmcache_api.server import ComponentServer
 from lmcache_shared import config, program
@@ -26,6 +27,12 @@ def parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         description="Serve the internal API of an LMCache scheduler and its workers, on ports or Unix sockets.",
         epilog="Settings come from the file, then the environment (LMCACHE_<KEY>), then the command line.",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("embedded", "lmcache"),
+        default="embedded",
+        help="what is served: an engine that needs nothing, or LMCache's standalone engine (default: %(default)s)",
     )
     parser.add_argument("--config", metavar="FILE", help="lmcache.yaml; default: what LMCACHE_CONFIG_FILE names")
     parser.add_argument("--version", action="version", version=VERSION)
@@ -57,20 +64,21 @@ async def serve(options: argparse.Namespace, stop: asyncio.Event) -> None:
         StartError: an option, a setting or an address cannot be used; nothing is left behind.
     """
     host = [f"internal_api_server_host={options.host}"] if options.host is not None else []
-    settings = config.load(options.config, overrides=[*options.set, *host])
+    overrides = [*options.set, *host]
     wanted = _indexes(options)
-    if "internal_api_server_enabled" not in settings.given:
-        settings = replace(settings, internal_api_server_enabled=True)  # run by hand, it is wanted
-    indexes = [index for index in wanted if serves(settings, index)]
-    if not settings.internal_api_server_enabled or not indexes:
-        program.say(_why_off(settings, wanted))
-        return
-    servers: list[ComponentServer] = []
-    with contextlib.ExitStack() as components:
+    async with contextlib.AsyncExitStack() as stack:
+        if options.engine == "lmcache":
+            components: Sequence[Component] = [await _lmcache(options, overrides, wanted, stack)]
+        else:
+            components = _embedded(options, overrides, wanted, stack)
+        settings = components[0].settings
+        serving = [component for component in components if serves(settings, component.index)]
+        if not settings.internal_api_server_enabled or not serving:
+            program.say(_why_off(settings, [component.index for component in components]))
+            return
+        servers: list[ComponentServer] = []
         try:
-            for index in indexes:
-                component = EmbeddedComponent(settings, index, world_size=options.workers)
-                components.enter_context(component)
+            for component in serving:
                 server = ComponentServer(component)
                 await server.start()
                 servers.append(server)
@@ -79,6 +87,47 @@ async def serve(options: argparse.Namespace, stop: asyncio.Event) -> None:
             program.say("stopping")
         finally:
             await asyncio.gather(*(server.stop() for server in servers))  # together: each may drain for seconds
+
+
+async def _lmcache(
+    options: argparse.Namespace, overrides: Sequence[str], wanted: Sequence[int], stack: contextlib.AsyncExitStack
+) -> Component:
+    """LMCache's standalone engine, started, and stopped by `stack`: the one worker that is wanted."""
+    from lmcache_api.bridge.standalone import StandaloneEngine
+
+    if options.role == "scheduler" or (options.workers != 1 and options.worker_id is None):
+        raise ConfigError("--engine lmcache: a process has one worker; start each by --role worker --worker-id I")
+    worker_id = options.worker_id or 0
+    world_size = max(options.workers, worker_id + 1)
+    engine = await asyncio.to_thread(
+        StandaloneEngine,
+        options.config,
+        overrides,
+        worker_id=worker_id,
+        world_size=world_size,
+        log_level=options.log_level,
+    )
+    stack.push_async_callback(asyncio.to_thread, engine.stop)
+    return engine.component
+
+
+def _embedded(
+    options: argparse.Namespace, overrides: Sequence[str], wanted: Sequence[int], stack: contextlib.AsyncExitStack
+) -> Sequence[Component]:
+    """The components that are wanted, started, and stopped by `stack`: the scheduler, if so, and its workers."""
+    settings = config.load(options.config, overrides=overrides)
+    if "internal_api_server_enabled" not in settings.given:
+        settings = replace(settings, internal_api_server_enabled=True)  # run by hand, it is wanted
+    world_size = max(options.workers, *wanted)
+    workers = [
+        stack.enter_context(EmbeddedComponent(settings, index, world_size=world_size))
+        for index in wanted
+        if index != SCHEDULER_INDEX
+    ]
+    if SCHEDULER_INDEX not in wanted:
+        return workers
+    scheduler = EmbeddedComponent(settings, SCHEDULER_INDEX, world_size=options.workers, workers=workers)
+    return [stack.enter_context(scheduler), *workers]
 
 
 def _indexes(options: argparse.Namespace) -> list[int]:

@@ -18,10 +18,13 @@ T = TypeVar("T")
 COMPONENT: web.AppKey[Component] = web.AppKey("component", Component)
 POOL: web.AppKey[BlockingPool] = web.AppKey("pool", BlockingPool)
 
+ENGINE_POOL: web.AppKey[BlockingPool] = web.AppKey("engine pool", BlockingPool)
+"""For what the engine does, so that metrics and settings are told while it hangs."""
+
 DIAGNOSTICS: web.AppKey[BlockingPool] = web.AppKey("diagnostics pool", BlockingPool)
 """A thread of its own for what tells why the others hang."""
 
-CATEGORIES: tuple[Category, ...] = ("common", "vllm")
+CATEGORIES: tuple[Category, ...] = ("common", "vllm", "controller")
 ENTRY_POINTS = "lmcache_api.routes"
 """Installed packages declare modules with routes under this entry point."""
 
@@ -43,6 +46,7 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
     app = web.Application(middlewares=[refusals, own_site_only, _without_slash], client_max_size=MAX_BODY_BYTES)
     app[COMPONENT] = component
     app[POOL] = BlockingPool(f"lmcache-api-{component.index}")
+    app[ENGINE_POOL] = BlockingPool(f"lmcache-api-{component.index}-engine")
     app[DIAGNOSTICS] = BlockingPool(f"lmcache-api-{component.index}-diagnostics", threads=1, waiting=16)
     app.cleanup_ctx.append(_close_pools)
     packages = [f"lmcache_api.{category}" for category in (CATEGORIES if categories is None else categories)]
@@ -78,5 +82,5 @@ async def call(
 
 async def _close_pools(app: web.Application) -> AsyncIterator[None]:
     yield
-    app[POOL].close()
-    app[DIAGNOSTICS].close()
+    for pool in (POOL, ENGINE_POOL, DIAGNOSTICS):
+        app[pool].close()

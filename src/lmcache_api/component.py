@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypedDict
 
+from lmcache_shared.errors import OpsError
 from lmcache_shared.placement import Role
 from lmcache_shared.settings import Settings
 
-Category = Literal["common", "vllm"]
+Category = Literal["common", "vllm", "controller"]
 """A folder of endpoints beside this file."""
 
 Level = Literal["critical", "high", "medium", "low"]
@@ -70,8 +71,178 @@ class Metrics(Protocol):
         """Set counters and histograms back to zero; gauges keep telling the present."""
 
 
+@dataclass(frozen=True)
+class Span:
+    """Consecutive chunks that lie in the same backends: tokens `start` to `end`, without the last."""
+
+    start: int
+    end: int
+    chunks: int
+    locations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer of the paged KV cache, as LMCache tells it: `[2, 2, 256, 4, 16]`, `torch.float16`, `cpu`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class LoadedChunks:
+    """What came of loading chunk files: how many there are, how many were loaded, the keys of the first that failed."""
+
+    loaded: int
+    total: int
+    failed_keys: Sequence[str]
+
+
+class Unavailable(OpsError):
+    """The component has the ability, but not this part of it, or not now; the text says what is missing."""
+
+
+class LoadError(OpsError):
+    """A configuration of chunk files cannot be used; the text says why."""
+
+
+class Backends(Protocol):
+    """The storage backends of an engine, by name (`LocalCPUBackend`)."""
+
+    def classes(self) -> Mapping[str, str]:
+        """The class of each, in the order in which chunks are looked up."""
+
+    def create(self) -> Mapping[str, str]:
+        """Make those that the settings ask for and that are not there; what was made."""
+
+    def close(self, name: str) -> bool:
+        """Close one and forget it; whether it was there."""
+
+    def recreate(self, name: str) -> Mapping[str, str] | None:
+        """Close one and make it again by the settings of now; what was made, or `None` when it was not there."""
+
+    def bypassed(self) -> Sequence[str]:
+        """Those that are neither stored to nor looked up in."""
+
+    def set_bypass(self, name: str, bypass: bool) -> bool:
+        """Bypass one, or no longer; whether it was bypassed before."""
+
+
+class Engine(Protocol):
+    """A cache engine. Calls may take time and are made off the event loop; what they raise is a failure of its own."""
+
+    @property
+    def backends(self) -> Backends | None: ...
+
+    def store(self, tokens: Sequence[int]) -> None:
+        """Keep the KV of these tokens."""
+
+    def retrieve(self, tokens: Sequence[int]) -> int:
+        """Bring the KV of the longest known prefix back into the paged KV cache; its tokens."""
+
+    def lookup(self, tokens: Sequence[int]) -> Sequence[Span]:
+        """Where the longest known prefix lies; nothing changes by asking."""
+
+    def clear(self, locations: Sequence[str] | None) -> int:
+        """Forget every chunk, or those in these backends; the tokens that were forgotten, of each backend."""
+
+    def freeze(self, frozen: bool) -> None:
+        """Frozen: stores are skipped, only local CPU serves, nothing is admitted or evicted."""
+
+    def is_frozen(self) -> bool: ...
+
+    def set_hot_cache(self, enabled: bool) -> None:
+        """Disabling clears what it held."""
+
+    def is_hot_cache_enabled(self) -> bool: ...
+
+    def records_slots(self) -> bool:
+        """Whether store and retrieve log their slot mapping."""
+
+    def record_slots(self, enabled: bool) -> None: ...
+
+    def load_chunks(self, config_path: str, max_chunks: int | None, max_failed_keys: int) -> LoadedChunks:
+        """Bring the chunk files that a configuration names into local CPU.
+
+        Raises:
+            LoadError: the configuration cannot be used.
+        """
+
+
+class KVCaches(Protocol):
+    """The paged KV cache of a worker: a tensor a layer."""
+
+    def layers(self) -> Mapping[str, LayerInfo]:
+        """Each layer by name, in the model's order; none, before the engine has registered them."""
+
+    def slot_bytes(self, layer: str, slots: Sequence[int]) -> bytes:
+        """The bytes of a layer at these slots, C-contiguous; bfloat16 widened to float32."""
+
+
+class Lookup(Protocol):
+    """A scheduler's lookup client or a worker's lookup server. The answers are LMCache's, `error` among it."""
+
+    def info(self) -> Mapping[str, str]: ...
+
+    def close(self) -> dict[str, Any]: ...
+
+    def create(self, *, dryrun: bool) -> dict[str, Any]: ...
+
+    def recreate(self) -> dict[str, Any]: ...
+
+
+class ChunkStatistics(Protocol):
+    """What a lookup client counts: how many chunks requests have, and how many of them are new."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+
+class LookupClient(Protocol):
+    """A scheduler's lookup client."""
+
+    def hits(self, tokens: Sequence[int]) -> Mapping[int, int]:
+        """The tokens of the longest known prefix on each worker; nothing changes by asking.
+
+        Raises:
+            Unavailable: this client cannot be asked so.
+        """
+
+    @property
+    def statistics(self) -> ChunkStatistics | None: ...
+
+
+class Configuration(Protocol):
+    """The settings that an operator may read and, as far as they are mutable, change (`/conf`)."""
+
+    def read(self, names: Sequence[str] | None) -> Mapping[str, Any]:
+        """Those that exist of `names`, all when `None`."""
+
+    def update(self, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        """Set what can be set: what each is now, and of the others why not."""
+
+
+class Inference(Protocol):
+    """The inference engine around the component."""
+
+    def info(self) -> Mapping[str, Any]: ...
+
+    def version(self) -> str:
+        """vLLM's.
+
+        Raises:
+            Unavailable: there is none.
+        """
+
+
 class Component(Protocol):
-    """One scheduler or worker."""
+    """One scheduler or worker. An ability that it lacks is `None`."""
 
     @property
     def role(self) -> Role: ...
@@ -92,6 +263,24 @@ class Component(Protocol):
     @property
     def script_adapter(self) -> object:
         """What a script of `/run_script` finds as `app.state.lmcache_adapter`."""
+
+    @property
+    def engine(self) -> Engine | None: ...
+
+    @property
+    def kv_caches(self) -> KVCaches | None: ...
+
+    @property
+    def lookup(self) -> Lookup | None: ...
+
+    @property
+    def lookup_client(self) -> LookupClient | None: ...
+
+    @property
+    def configuration(self) -> Configuration: ...
+
+    @property
+    def inference(self) -> Inference | None: ...
 
     def metadata(self) -> Mapping[str, Any] | None:
         """The engine's metadata (`worker_id`, `model_name`, `role`, …); `None` where there is no engine to tell of."""

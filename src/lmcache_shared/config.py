@@ -43,6 +43,12 @@ MAX_SHOWN = 80
 OUR_PREFIXES = ("internal_api_server_", "run_script_")
 """Settings that begin like this are all in the table."""
 
+_SERVER_ROWS: Mapping[str, Definition] = {name: row for name, row in DEFINITIONS.items() if not row.engine}
+
+_SECTION_ROWS: Mapping[str, Definition] = {
+    name: row for name, row in DEFINITIONS.items() if name in _SERVER_ROWS or row.section == EXTRA
+}
+
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
 
@@ -74,20 +80,23 @@ def load(
     return found.settings()
 
 
-def from_object(config: object, place: str = "configuration") -> Settings:
+def from_object(config: object, place: str = "configuration", *, own_engine: bool = False) -> Settings:
     """The settings of a configuration object such as LMCache's: attributes that it has, defaults for the others.
+
+    Those of the engine are not for us to judge: the object's owner has read them, and knows values that we do not.
+    With `own_engine`, those in the section `extra_config` are read, for an engine that we start.
 
     Raises:
         ConfigError: a value is not what its key takes.
     """
-    found = _Found()
+    found = _Found(_SECTION_ROWS if own_engine else _SERVER_ROWS)
     found.add_mapping(attributes_of(config), place)
     return found.settings()
 
 
 def attributes_of(config: object) -> dict[str, Any]:
-    """The attributes of a configuration object that are settings, as they are."""
-    named = (definition.name for definition in DEFINITIONS.values() if definition.section is None)
+    """The attributes of a configuration object that are settings of the server, as they are."""
+    named = (row.name for row in _SERVER_ROWS.values() if row.section is None)
     return {name: getattr(config, name) for name in named if hasattr(config, name)}
 
 
@@ -125,9 +134,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _Found:
-    """What the sources said so far; later ones replace earlier ones."""
+    """What the sources said so far; later ones replace earlier ones.
 
-    def __init__(self) -> None:
+    Args:
+        rows: the settings that are looked for; what else a source holds is kept as it is.
+    """
+
+    def __init__(self, rows: Mapping[str, Definition] = DEFINITIONS) -> None:
+        self._rows = rows
         self.values: dict[str, Any] = {}
         self.unknown: dict[str, Any] = {}
         self.extra: dict[str, Any] | None = None
@@ -138,14 +152,14 @@ class _Found:
         for name, value in _with_current_names(mapping, place).items():
             if name == EXTRA:
                 continue
-            if name in DEFINITIONS:
-                self.values[name] = convert(value, DEFINITIONS[name], f"{place}: {name}")
+            if name in self._rows:
+                self.values[name] = convert(value, self._rows[name], f"{place}: {name}")
             else:
                 _warn_of_a_slip(name, f"{place}: {name}")
                 self.unknown[name] = value
 
     def add_environment(self, environ: Mapping[str, str]) -> None:
-        names = [EXTRA, *OLDER_NAMES, *DEFINITIONS, *self.unknown]
+        names = [EXTRA, *OLDER_NAMES, *self._rows, *self.unknown]
         variables = {name: ENV_PREFIX + name.upper() for name in dict.fromkeys(names)}
         mapping = {name: _unquoted(environ[variable]) for name, variable in variables.items() if variable in environ}
         for name, value in _with_current_names(mapping, "environment").items():
@@ -171,24 +185,24 @@ class _Found:
         if name == EXTRA:
             self._set_extra(text, place)
         elif dot and section == EXTRA:
-            known = inner in DEFINITIONS and DEFINITIONS[inner].section == EXTRA
+            known = inner in self._rows and self._rows[inner].section == EXTRA
             if known:
-                self.values[inner] = convert(text, DEFINITIONS[inner], place)
+                self.values[inner] = convert(text, self._rows[inner], place)
             self.extra = {**(self.extra or {}), inner: text if known else _yaml_value(text, place)}
-        elif name in DEFINITIONS:
-            self.values[name] = convert(text, DEFINITIONS[name], place)
+        elif name in self._rows:
+            self.values[name] = convert(text, self._rows[name], place)
         else:
             self.unknown[name] = _yaml_value(text, place)
 
     def _set_extra(self, value: Any, place: str) -> None:
-        mapping = convert(value, DEFINITIONS[EXTRA], place)
+        mapping = convert(value, self._rows[EXTRA], place)
         for name in mapping or ():
             if name not in DEFINITIONS:
                 _warn_of_a_slip(name, f"{place}.{name}")
-        for name in [n for n, d in DEFINITIONS.items() if d.section == EXTRA]:
+        for name in [n for n, row in self._rows.items() if row.section == EXTRA]:
             self.values.pop(name, None)  # a later source replaces the section as a whole, as LMCache does
             if mapping and name in mapping:
-                self.values[name] = convert(mapping[name], DEFINITIONS[name], f"{place}.{name}")
+                self.values[name] = convert(mapping[name], self._rows[name], f"{place}.{name}")
         self.extra = mapping
 
     def settings(self) -> Settings:
@@ -253,6 +267,8 @@ def _scalar(value: Any, kind: Any, definition: Definition, place: str) -> Any:
         converted = _text(value)
     if converted is None:
         raise ConfigError(f"{place}: expected {_kind_name(kind)}, found {_shown(value)}")
+    if definition.choices and converted not in definition.choices:
+        raise ConfigError(f"{place}: expected one of {', '.join(definition.choices)}, found {_shown(value)}")
     low, high = definition.minimum, definition.maximum
     if (low is not None and converted < low) or (high is not None and converted > high):
         limits = f"at least {low:g}" if high is None else f"from {low or 0:.10g} to {high:.10g}"

@@ -60,6 +60,17 @@ class Refusal(OpsError):
         return json_response({"detail": self.detail}, status=self.status, headers=self.headers)
 
 
+class Failure(Refusal):
+    """A `Refusal` in the shape that LMCache gives what its engine cannot do: `{"error": …, "message": …}`."""
+
+    def __init__(self, status: int, error: str, message: str) -> None:
+        super().__init__(status, message)
+        self.error = error
+
+    def response(self) -> web.Response:
+        return json_response({"error": self.error, "message": self.detail}, status=self.status, indent=2)
+
+
 @web.middleware
 async def refusals(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give every failure the one JSON shape; a bug is logged in full and answered without a traceback."""

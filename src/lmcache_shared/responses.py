@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 
 from aiohttp import web
 
 TEXT = "text/plain"
+
+MAX_DEPTH = 32
+"""Levels of an object that `plain` goes into; what is deeper is told as text."""
+
+
+def plain(value: object, depth: int = 0) -> object:
+    """`value` as JSON knows it: what JSON does not know (a torch dtype, an enum, infinity) as its text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if depth >= MAX_DEPTH:
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(inner, depth + 1) for inner in value]
+    return str(value)
 
 
 def json_text(value: object, *, indent: int | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Query parameters declared once, as a frozen dataclass, and checked before a handler sees them.
+"""Parameters and bodies declared once, as a frozen dataclass, and checked before a handler sees them.
 
     @dataclass(frozen=True)
     class ThreadsQuery:
@@ -7,14 +7,16 @@
 
     query = parse_query(request, ThreadsQuery)
 
-A value of the wrong type is a 422 with `{"detail": [{"type", "loc", "msg", "input"}]}`: the body that
-LMCache's servers (FastAPI, pydantic) send, with their words for the cases below.
+A body, an object in JSON, is declared and parsed alike (`parse_body`). A value of the wrong type is a 422 with
+`{"detail": [{"type", "loc", "msg", "input"}]}`: the body that LMCache's servers (FastAPI, pydantic) send, with their
+words for the cases below.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import types
 import typing
 from collections.abc import Callable
@@ -26,6 +28,10 @@ from lmcache_shared.errors import Refusal
 
 T = TypeVar("T")
 
+MAX_BODY_BYTES = 1 << 20
+"""Largest body that is read, unless an endpoint says otherwise."""
+
+MAX_INTEGER = 1 << 63
 MAX_NUMBER_DIGITS = 40
 """Longest text that is tried as a number; a longer one is refused as no number."""
 
@@ -67,8 +73,78 @@ def parse_query(request: web.Request, model: Callable[..., T]) -> T:
     return model(**values)
 
 
-def _problem(kind: str, name: str, message: str, value: str | None) -> dict[str, object]:
-    return {"type": kind, "loc": ["query", name], "msg": message, "input": value}
+async def parse_body(request: web.Request, model: Callable[..., T], *, max_bytes: int = MAX_BODY_BYTES) -> T:
+    """The request's JSON body as `model`, whatever media type it claims; unknown fields are ignored.
+
+    Raises:
+        Refusal: 422, when it is no JSON object, or a field is missing or of the wrong type; 413 when it is too large.
+    """
+    body = await read_body(request, max_bytes)
+    if not body:
+        raise Refusal(422, [{"type": "missing", "loc": ["body"], "msg": "Field required", "input": None}])
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        where, why = getattr(error, "pos", 0), getattr(error, "msg", str(error))
+        problem = {"type": "json_invalid", "loc": ["body", where], "msg": "JSON decode error", "input": {}}
+        raise Refusal(422, [{**problem, "ctx": {"error": why}}]) from None
+    if not isinstance(content, dict):
+        message = "Input should be a valid dictionary or object to extract fields from"
+        raise Refusal(422, [{"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": content}])
+    problems: list[dict[str, object]] = []
+    values: dict[str, Any] = {}
+    for name, kind, required in _fields(model):
+        if name not in content:
+            if required:
+                problems.append(_problem("missing", name, "Field required", content, "body"))
+            continue
+        value = content[name]
+        problem_type, message = _wrong_type(kind, value, optional=name in _optional(model))
+        if problem_type:
+            problems.append(_problem(problem_type, name, message, value, "body"))
+        values[name] = int(value) if kind is int and value is not None and not problem_type else value
+    if problems:
+        raise Refusal(422, problems)
+    return model(**values)
+
+
+def _wrong_type(kind: type, value: object, *, optional: bool) -> tuple[str, str]:
+    """pydantic's name and words for what is wrong with a field's value, or twice nothing."""
+    if value is None and optional:
+        return "", ""
+    if kind is str:
+        return ("", "") if isinstance(value, str) else ("string_type", "Input should be a valid string")
+    if kind is bool:
+        return ("", "") if isinstance(value, bool) else ("bool_type", "Input should be a valid boolean")
+    if isinstance(value, str):
+        message = "Input should be a valid integer, unable to parse string as an integer"
+        return ("", "") if _integer(value) is not None else ("int_parsing", message)
+    if isinstance(value, float) and not value.is_integer():
+        return "int_from_float", "Input should be a valid integer, got a number with a fractional part"
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > MAX_INTEGER:
+        return "int_type", "Input should be a valid integer"
+    return "", ""
+
+
+async def read_body(request: web.Request, max_bytes: int = MAX_BODY_BYTES) -> bytes:
+    """The request's body.
+
+    Raises:
+        Refusal: 413, when it is larger than `max_bytes`.
+    """
+    too_large = Refusal(413, f"the body is larger than {max_bytes} bytes")
+    if (request.content_length or 0) > max_bytes:
+        raise too_large
+    body = bytearray()
+    async for piece in request.content.iter_chunked(1 << 16):
+        body += piece
+        if len(body) > max_bytes:
+            raise too_large
+    return bytes(body)
+
+
+def _problem(kind: str, name: str, message: str, value: object, where: str = "query") -> dict[str, object]:
+    return {"type": kind, "loc": [where, name], "msg": message, "input": value}
 
 
 def _integer(text: str) -> int | None:
@@ -88,6 +164,13 @@ def _integer(text: str) -> int | None:
 def _boolean(text: str) -> bool | None:
     word = text.lower()
     return True if word in _TRUE else False if word in _FALSE else None
+
+
+@functools.cache
+def _optional(model: Any) -> frozenset[str]:
+    """The fields that may be `None`."""
+    hints = typing.get_type_hints(model)
+    return frozenset(name for name, kind in hints.items() if type(None) in typing.get_args(kind))
 
 
 @functools.cache

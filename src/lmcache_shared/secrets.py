@@ -63,6 +63,24 @@ def masked(values: Mapping[str, str], extra_names: Sequence[str] = ()) -> dict[s
     return {name: MASK if is_secret(name, value, patterns) else value for name, value in values.items()}
 
 
+def masked_within(value: object, name: str = "", extra_names: Sequence[str] = ()) -> object:
+    """`value`, as `responses.plain` gives it, with every text in it that looks secret as `***`.
+
+    `name` is what it is called; inside a mapping each value goes by its own name.
+    """
+    return _masked_within(value, name, [pattern.upper() for pattern in extra_names])
+
+
+def _masked_within(value: object, name: str, patterns: Sequence[str]) -> object:
+    if isinstance(value, str):
+        return MASK if value and is_secret(name, value, patterns) else value
+    if isinstance(value, Mapping):
+        return {key: _masked_within(inner, key, patterns) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_masked_within(inner, name, patterns) for inner in value]
+    return value
+
+
 def is_secret(name: str, value: str, patterns: Sequence[str] = ()) -> bool:
     """Whether the variable looks like a secret; `patterns` are name patterns in capitals."""
     if any(fnmatch.fnmatchcase(name.upper(), pattern) for pattern in patterns):

@@ -25,11 +25,43 @@ FileMode = Annotated[int, "a file mode"]
 
 
 def setting(
-    default: Any, help: str, *, section: str | None = None, minimum: float | None = None, maximum: float | None = None
+    default: Any,
+    help: str,
+    *,
+    section: str | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+    engine: bool = False,
+    mutable: bool = False,
 ) -> Any:
-    """A field of a settings class: its default, what it is for, where it stands, and its limits."""
-    metadata = {"help": help, "section": section, "minimum": minimum, "maximum": maximum}
+    """A field of a settings class.
+
+    Args:
+        default: what it is when no source sets it.
+        help: what it is for, in a sentence.
+        section: where it stands in the file, the top level when `None`.
+        minimum: the smallest number that is taken.
+        maximum: the largest.
+        choices: the only texts that are taken.
+        engine: the engine's, not the server's. A running LMCache has read and checked it by itself.
+        mutable: the embedded engine takes a new value while it runs (`POST /conf`).
+    """
+    metadata = {
+        "help": help,
+        "section": section,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": choices,
+        "engine": engine,
+        "mutable": mutable,
+    }
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def engine_setting(default: Any, help: str, **more: Any) -> Any:
+    """A `setting` of the engine."""
+    return setting(default, help, engine=True, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +98,17 @@ class Settings:
     )
     internal_api_server_call_seconds: float = setting(
         30.0, "How long one request may wait for the component before it is a 504.", section=EXTRA, minimum=0.01,
-        maximum=3600,
+        maximum=3600, mutable=True,
+    )  # fmt: skip
+    internal_api_server_max_tokens: int = setting(
+        1 << 20, "The most tokens or slots that one request may name.", section=EXTRA, minimum=1, maximum=1 << 26,
+        mutable=True,
     )  # fmt: skip
     internal_api_server_route_folders: list[str] | None = setting(
         None, "Folders whose `*_api.py` files are served too.", section=EXTRA
     )
     internal_api_server_env_mask: list[str] | None = setting(
-        None, "Names of environment variables to mask in `/env` beside the built-in rule; `*` stands for any text.",
+        None, "Names to mask in `/env` and `/conf` beside the built-in rule; `*` stands for any text.",
         section=EXTRA,
     )  # fmt: skip
     run_script_max_bytes: int = setting(
@@ -81,6 +117,80 @@ class Settings:
     run_script_seconds: float = setting(
         30.0, "How long a script may run before it is stopped.", section=EXTRA, minimum=0.01, maximum=3600
     )
+
+    chunk_size: int = engine_setting(256, "Tokens in a chunk.", minimum=16, maximum=65536)
+    local_cpu: bool = engine_setting(True, "Keep chunks in memory: whether the hot cache is on.", mutable=True)
+    max_local_cpu_size: float = engine_setting(
+        5.0, "The memory for chunks, in GiB; a new value counts when LocalCPUBackend is made again.",
+        minimum=0, maximum=65536, mutable=True,
+    )  # fmt: skip
+    local_disk: str | None = engine_setting(
+        None, "The folder for chunks on disk, as a path or `file://` URL; several by comma are shared out among the"
+        " workers. A new value counts when LocalDiskBackend is made again.", mutable=True,
+    )  # fmt: skip
+    max_local_disk_size: float = engine_setting(
+        0.0, "The disk space for chunks, in GiB; a new value counts when LocalDiskBackend is made again.",
+        minimum=0, maximum=1 << 24, mutable=True,
+    )  # fmt: skip
+    save_unfull_chunk: bool = engine_setting(False, "Store the last tokens of a request that fill no whole chunk too.")
+    save_decode_cache: bool = engine_setting(False, "Store what the model generates too.", mutable=True)
+    store_location: str | None = engine_setting(None, "Store into this backend alone.", mutable=True)
+    retrieve_locations: list[str] | None = engine_setting(None, "Look chunks up in these backends alone.", mutable=True)
+    min_retrieve_tokens: int = engine_setting(
+        0, "Compute anew instead of retrieving when fewer tokens than this are found.", minimum=0, mutable=True
+    )
+    pre_caching_hash_algorithm: str = engine_setting(
+        "builtin", "The hash of a chunk's key; `builtin` is blake2b.", choices=("builtin", "blake2b", "sha256")
+    )
+    cache_policy: str = engine_setting("LRU", "Which chunk leaves first.", choices=("LRU",))
+    lookup_timeout_ms: int = engine_setting(
+        3000, "How long the scheduler waits for a worker's answer to a lookup.", minimum=1, maximum=600000,
+        mutable=True,
+    )  # fmt: skip
+    pin_timeout_sec: int = engine_setting(
+        300, "How long a lookup may hold chunks in memory before they are let go.", minimum=1, mutable=True
+    )
+    pin_check_interval_sec: int = engine_setting(30, "How often that is looked at.", minimum=1, maximum=86400)
+    enable_chunk_statistics: bool = engine_setting(
+        False, "Give the lookup client chunk statistics; a new value counts when it is made again.", mutable=True
+    )
+    chunk_statistics_auto_start_statistics: bool = engine_setting(
+        False, "Start them with the lookup client.", mutable=True
+    )
+    chunk_statistics_auto_exit_timeout_hours: float = engine_setting(
+        0.0, "Stop them after so many hours; 0: never.", minimum=0, mutable=True
+    )
+    chunk_statistics_auto_exit_target_unique_chunks: int = engine_setting(
+        0, "Stop them after so many different chunks; 0: never.", minimum=0, mutable=True
+    )
+    chunk_statistics_mem_bf_expected_chunks: int = engine_setting(
+        1 << 20, "How many different chunks the statistics are sized for.", section=EXTRA, minimum=1, maximum=1 << 28,
+        mutable=True,
+    )  # fmt: skip
+    chunk_statistics_mem_bf_false_positive_rate: float = engine_setting(
+        0.01, "How often they may take a new chunk for a known one.", section=EXTRA, minimum=1e-6, maximum=0.5,
+        mutable=True,
+    )  # fmt: skip
+
+    engine_model_name: str = engine_setting("standalone_model", "The name of the model.", section=EXTRA)
+    engine_layers: int = engine_setting(2, "Layers of its KV cache.", section=EXTRA, minimum=1, maximum=1024)
+    engine_heads: int = engine_setting(4, "KV heads of a layer; 1 with MLA.", section=EXTRA, minimum=1, maximum=1024)
+    engine_head_size: int = engine_setting(16, "Numbers in a head.", section=EXTRA, minimum=1, maximum=65536)
+    engine_dtype: str = engine_setting(
+        "float16", "The type of a number.", section=EXTRA, choices=("float16", "bfloat16", "float32", "uint8")
+    )
+    engine_use_mla: bool = engine_setting(
+        False, "One latent vector a token (MLA) instead of keys and values (MHA).", section=EXTRA
+    )
+    engine_blocks: int = engine_setting(2, "Blocks of the paged KV cache.", section=EXTRA, minimum=1, maximum=1 << 20)
+    engine_block_size: int = engine_setting(256, "Slots of a block.", section=EXTRA, minimum=1, maximum=65536)
+    engine_hash_salt: str = engine_setting(
+        "", "Goes into every chunk's key: caches of different salts share nothing.", section=EXTRA
+    )
+    engine_load: float = engine_setting(
+        0.0, "Requests a second of made-up conversations that keep the embedded engine busy; 0: none.",
+        section=EXTRA, minimum=0, maximum=100, mutable=True,
+    )  # fmt: skip
 
     unknown: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the sources hold beyond this table, as it was found: LMCache's other settings."""
@@ -100,6 +210,9 @@ class Definition:
     section: str | None
     minimum: float | None
     maximum: float | None
+    choices: tuple[str, ...]
+    engine: bool
+    mutable: bool
 
     @property
     def env_name(self) -> str:
@@ -120,8 +233,7 @@ def definitions_of(model: type) -> dict[str, Definition]:
             field.default,
             field.metadata["help"],
             field.metadata["section"],
-            field.metadata["minimum"],
-            field.metadata["maximum"],
+            *(field.metadata[key] for key in ("minimum", "maximum", "choices", "engine", "mutable")),
         )
         for field in dataclasses.fields(model)
         if "help" in field.metadata

@@ -10,7 +10,10 @@ async def scrape(server: RunningApi) -> dict[str, float]:
         assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
         families = text_string_to_metric_families(await response.text())
         return {
-            sample.name + str({k: v for k, v in sample.labels.items() if k not in ("model_name", "role")}): sample.value
+            sample.name
+            + str(
+                {k: v for k, v in sample.labels.items() if k not in ("model_name", "role", "served_model_name")}
+            ): sample.value
             for family in families
             for sample in family.samples
         }
@@ -19,8 +22,8 @@ async def scrape(server: RunningApi) -> dict[str, float]:
 async def test_families_carry_lmcaches_names(api_server: StartApi) -> None:
     found = await scrape(await api_server(role="worker", worker_id=3))
     assert found["lmcache:lmcache_is_healthy{'worker_id': '3'}"] == 1
-    assert found["lmcache:periodic_threads_total_count{'worker_id': '3'}"] == 1
-    assert found["lmcache:periodic_threads_critical_active{'worker_id': '3'}"] == 1
+    assert found["lmcache:periodic_threads_total_count{'worker_id': '3'}"] == 2
+    assert found["lmcache:periodic_threads_critical_active{'worker_id': '3'}"] == 2
     assert found["lmcache:periodic_threads_low_total{'worker_id': '3'}"] == 0
     assert found["process_resident_memory_bytes{}"] > 1e6
 

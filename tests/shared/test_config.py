@@ -45,7 +45,7 @@ chunk_size: 256
     assert settings.runtime_plugin_locations == ["/scripts/scheduler_lmc_frontend_plugin.py"]
     assert settings.internal_api_server_socket_path_prefix == "/tmp/lmcache_internal_api_server/socket"
     assert settings.extra_config == {"plugin.frontend.port": 8080}
-    assert settings.unknown == {"chunk_size": 256}
+    assert settings.chunk_size == 256
     assert "internal_api_server_host" not in settings.given
 
 
@@ -134,9 +134,9 @@ def test_the_older_name_gives_way_to_the_newer(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_unknown_keys_are_kept_and_can_be_overridden(tmp_path: Path) -> None:
-    environ = {"LMCACHE_CHUNK_SIZE": "128", "LMCACHE_UNRELATED": "x"}
-    settings = load(tmp_path, "chunk_size: 256\nremote_url: null", environ, ["local_cpu=false"])
-    assert settings.unknown == {"chunk_size": 128, "remote_url": None, "local_cpu": False}
+    environ = {"LMCACHE_BLEND_MIN_TOKENS": "128", "LMCACHE_UNRELATED": "x"}
+    settings = load(tmp_path, "blend_min_tokens: 256\nremote_url: null", environ, ["enable_p2p=false"])
+    assert settings.unknown == {"blend_min_tokens": 128, "remote_url": None, "enable_p2p": False}
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_errors_name_the_file_the_key_and_both_sides(tmp_path: Path, text: str, 
         ({"LMCACHE_EXTRA_CONFIG": "{"}, [], "environment: LMCACHE_EXTRA_CONFIG: expected a JSON object"),
         ({}, ["run_script_api_enabled"], "--set run_script_api_enabled: expected key=value"),
         ({}, ["run_script_max_bytes=-1"], "--set run_script_max_bytes: expected int from 1"),
-        ({}, ["chunk_size=["], "--set chunk_size: cannot be read as a value"),
+        ({}, ["blend_min_tokens=["], "--set blend_min_tokens: cannot be read as a value"),
     ],
 )  # fmt: skip
 def test_errors_name_the_variable_or_the_option(environ: dict[str, str], overrides: list[str], message: str) -> None:

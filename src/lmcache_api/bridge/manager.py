@@ -9,13 +9,18 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client import REGISTRY
-from prometheus_client.exposition import generate_latest
 
-from lmcache_api.component import PeriodicThreadStatus, Version
+from lmcache_api.bridge.abilities import ability
+from lmcache_api.bridge.configuration import HostConfiguration
+from lmcache_api.bridge.engine import ManagerEngine, TensorKVCaches
+from lmcache_api.bridge.lookup import ManagerLookup, ManagerLookupClient
+from lmcache_api.component import Component, PeriodicThreadStatus, Version
+from lmcache_api.exposition import Exposition
 from lmcache_shared.config import attributes_of, from_object
 from lmcache_shared.errors import ConfigError, Refusal
 from lmcache_shared.placement import SCHEDULER_INDEX, Role
@@ -50,6 +55,21 @@ class ManagerComponent:
         self.index = SCHEDULER_INDEX if engine is None else 1 + _worker_id(engine)
         self.role: Role = "scheduler" if self.index == SCHEDULER_INDEX else "worker"
         self.metrics = HostMetrics()
+        self.configuration = HostConfiguration(config)
+        self.inference = ManagerInference(manager)
+        self.lookup = ManagerLookup(manager, self.role)
+        self.kv_caches = TensorKVCaches(lambda: getattr(manager, "kv_caches", None) or {})
+        self._data_lock = threading.Lock()
+
+    @property
+    def engine(self) -> ManagerEngine | None:
+        engine = getattr(self._manager, "lmcache_engine", None)
+        return None if engine is None else ManagerEngine(engine, self._data_lock)
+
+    @property
+    def lookup_client(self) -> ManagerLookupClient | None:
+        client = getattr(self._manager, "lookup_client", None)
+        return None if client is None else ManagerLookupClient(client)
 
     @property
     def settings(self) -> Settings:
@@ -116,11 +136,27 @@ def _copy(values: dict[str, Any]) -> dict[str, Any]:
         return {name: copy.copy(value) for name, value in values.items()}
 
 
+class ManagerInference:
+    """What the manager's connector tells of vLLM."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+
+    def info(self) -> Mapping[str, Any]:
+        return dict(ability(self._manager, "get_inference_info")())
+
+    def version(self) -> str:
+        return str(ability(self._manager, "get_inference_version")())
+
+
 class HostMetrics:
     """The host's default Prometheus registry: there LMCache, and whatever else runs in the process, counts."""
 
+    def __init__(self) -> None:
+        self._exposition = Exposition(REGISTRY)
+
     def exposition(self) -> bytes:
-        return generate_latest(REGISTRY)
+        return self._exposition.render()
 
     def reset(self) -> None:
         """LMCache's own reset.
@@ -144,3 +180,8 @@ def _worker_id(engine: Any) -> int:
 def _plain(value: Any) -> Any:
     """A torch dtype or size as its text, as LMCache tells it; what JSON knows as it is."""
     return value if type(value) in _PLAIN else str(value)
+
+
+def _is_component(component: ManagerComponent) -> Component:
+    """So that the type checker holds the class against the seam."""
+    return component

@@ -36,6 +36,11 @@ class PeriodicThread:
     def run_once(self) -> tuple[str, dict[str, str]]:
         raise NotImplementedError(f"{type(self).__name__} does not say what it does")
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it is to end; a run that takes long looks at it."""
+        return self._stopping.is_set()
+
     def start(self) -> None:
         self._stopping.clear()
         self._started_at = time.time()

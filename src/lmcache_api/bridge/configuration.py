@@ -1,0 +1,51 @@
+"""LMCache's configuration object, read and set through its own definitions, converters and checks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lmcache_api.component import Unavailable
+
+CLOSED = frozenset({"run_script_api_enabled", "script_allowed_imports"})
+"""What may not be set over HTTP: whoever starts the process decides whether callers run code in it."""
+
+
+class HostConfiguration:
+    """The configuration that the manager holds."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def read(self, names: Sequence[str] | None) -> Mapping[str, Any]:
+        wanted = self._definitions() if names is None else names
+        found = {name: getattr(self._config, name, _MISSING) for name in wanted if not name.startswith("_")}
+        return {name: value for name, value in found.items() if value is not _MISSING and not callable(value)}
+
+    def update(self, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        definitions = self._definitions()
+        base = sys.modules.get("lmcache.v1.config_base")
+        set_value = getattr(base, "validate_and_set_config_value", None)
+        updated: dict[str, Any] = {}
+        errors: dict[str, str] = {}
+        for name, value in values.items():
+            if name in CLOSED or not definitions.get(name, {}).get("mutable", True):
+                errors[name] = "Config is not mutable at runtime"
+            elif name not in definitions:
+                errors[name] = "Unknown config"
+            elif set_value is not None and set_value(self._config, name, value):
+                updated[name] = getattr(self._config, name)
+            else:
+                errors[name] = "Failed to set config value"
+        return updated, errors
+
+    def _definitions(self) -> Mapping[str, Mapping[str, Any]]:
+        module = sys.modules.get("lmcache.v1.config")
+        definitions: Mapping[str, Mapping[str, Any]] | None = getattr(module, "_CONFIG_DEFINITIONS", None)
+        if definitions is None:
+            raise Unavailable("this process has not loaded LMCache's definitions of its settings")
+        return definitions
+
+
+_MISSING = object()

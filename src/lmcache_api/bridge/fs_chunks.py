@@ -1,0 +1,87 @@
+"""Chunk files of LMCache's file system connector, into the engine's local CPU: LMCache's `/cache/load-fs-chunks`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from lmcache_api.bridge.abilities import ability
+from lmcache_api.component import LoadedChunks, LoadError
+from lmcache_shared.config import read_yaml
+from lmcache_shared.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 10
+LIST_SECONDS = 60.0
+SLASH = "-SEP-"
+"""What the connector writes for a slash in a key."""
+
+
+def load_chunks(engine: Any, config_path: str, max_chunks: int | None, max_failed_keys: int) -> LoadedChunks:
+    """Bring the files that the configuration's `remote_url` (`fs://…`) leads to into local CPU.
+
+    Raises:
+        LoadError: the configuration cannot be used.
+    """
+    storage = ability(engine, "storage_manager")
+    loop, cpu = ability(storage, "loop"), ability(storage, "allocator_backend")
+    remote = _remote_backend(_configuration(config_path), ability(engine, "metadata"), loop, cpu)
+    try:
+        connector = ability(remote, "connection")
+        names = list(asyncio.run_coroutine_threadsafe(connector.list(), loop).result(LIST_SECONDS))
+        return _load(remote, cpu, names, max_chunks, max_failed_keys)
+    finally:
+        remote.close()
+
+
+def _load(remote: Any, cpu: Any, names: Sequence[str], max_chunks: int | None, max_failed_keys: int) -> LoadedChunks:
+    from lmcache.utils import CacheEngineKey
+
+    def load(name: str) -> str | None:
+        """The key that failed, or nothing."""
+        key_text = name.replace(SLASH, "/")
+        try:
+            key = CacheEngineKey.from_string(key_text)
+            chunk = remote.get_blocking(key)
+            if chunk is None:
+                return key_text
+            cpu.submit_put_task(key, chunk)
+            chunk.ref_count_down()
+        except Exception as error:
+            logger.warning("chunk %s is not loaded: %s", key_text, error)
+            return key_text
+        return None
+
+    wanted = names[:max_chunks]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        failed = [key for key in pool.map(load, wanted) if key is not None]
+    return LoadedChunks(len(wanted) - len(failed), len(names), failed[:max_failed_keys])
+
+
+def _configuration(path: str) -> Any:
+    from lmcache.v1.config import LMCacheEngineConfig
+
+    try:
+        with open(path, "rb"):
+            pass
+        read_yaml(path)  # it refuses what is too large or unfolds without end
+        return LMCacheEngineConfig.from_file(path)
+    except (OSError, ConfigError) as error:
+        raise LoadError(f"Invalid configuration file: {error}") from None
+    except Exception as error:
+        raise LoadError(f"Invalid configuration file: {path}: {type(error).__name__}") from None
+
+
+def _remote_backend(config: Any, metadata: Any, loop: Any, cpu: Any) -> Any:
+    from lmcache.v1.storage_backend.remote_backend import RemoteBackend
+
+    try:
+        remote = RemoteBackend(config=config, metadata=metadata, loop=loop, local_cpu_backend=cpu, dst_device="cpu")
+        remote.init_connection()
+    except Exception as error:
+        raise LoadError(f"Failed to initialize RemoteBackend: {error}") from None
+    return remote

@@ -1,0 +1,1 @@
+"""Endpoints; every `*_api.py` here is found at start-up."""

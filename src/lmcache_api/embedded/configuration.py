@@ -1,0 +1,53 @@
+"""The embedded component's settings while it runs: read, and changed where they are mutable."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lmcache_shared.config import convert
+from lmcache_shared.errors import ConfigError
+from lmcache_shared.settings import DEFINITIONS, FileMode, Settings
+
+
+class EmbeddedConfiguration:
+    """Holds the settings of now; a change replaces them as a whole, so that no reader sees half of it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+
+    @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    def read(self, names: Sequence[str] | None) -> Mapping[str, Any]:
+        settings = self._settings
+        values = {name: _told(getattr(settings, name), name) for name in DEFINITIONS}
+        values = {**settings.unknown, **values}
+        return values if names is None else {name: values[name] for name in names if name in values}
+
+    def update(self, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        changes: dict[str, Any] = {}
+        errors: dict[str, str] = {}
+        for name, value in values.items():
+            row = DEFINITIONS.get(name)
+            if row is None:
+                unused = name in self._settings.unknown
+                errors[name] = "Config is not used by the embedded engine" if unused else "Unknown config"
+            elif not row.mutable:
+                errors[name] = "Config is not mutable at runtime"
+            else:
+                try:
+                    changes[name] = convert(value, row, name)
+                except ConfigError as error:
+                    errors[name] = f"Failed to set config value: {error}"
+        with self._lock:
+            self._settings = replace(self._settings, **changes)
+        return changes, errors
+
+
+def _told(value: Any, name: str) -> Any:
+    return f"{value:04o}" if DEFINITIONS[name].kind == FileMode else value

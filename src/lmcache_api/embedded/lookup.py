@@ -1,0 +1,189 @@
+"""The scheduler's lookup client over its workers, and what an operator may do with it.
+
+A worker of the same process is asked directly, another one over its internal API.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from lmcache_api.component import Unavailable
+from lmcache_api.embedded.keys import ChunkKeys
+from lmcache_api.embedded.statistics import EmbeddedChunkStatistics
+from lmcache_shared.address import Address, TcpAddress
+from lmcache_shared.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+MAX_ANSWER_BYTES = 1 << 20
+MAX_ASKED_AT_ONCE = 8
+NO_CLIENT = "None"
+
+
+class Worker(Protocol):
+    """A worker as the scheduler sees it."""
+
+    def hit_tokens(self, tokens: Sequence[int]) -> int:
+        """The tokens of the longest prefix that it knows.
+
+        Raises:
+            OSError: it does not answer.
+        """
+
+
+class RemoteWorker:
+    """A worker of another process, asked over its internal API."""
+
+    def __init__(self, address: Address, settings: Callable[[], Settings]) -> None:
+        self.address = address
+        self._settings = settings
+
+    def hit_tokens(self, tokens: Sequence[int]) -> int:
+        seconds = self._settings().lookup_timeout_ms / 1000
+        body = json.dumps({"tokens": list(tokens)}, separators=(",", ":"))
+        connection = _Connection(self.address, seconds)
+        try:
+            connection.request("POST", "/cache/lookup", body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            answer = response.read(MAX_ANSWER_BYTES)
+            hit = json.loads(answer)["num_hit_tokens"] if response.status == 200 else None
+        except (http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+            raise OSError(f"{self.address}: no answer that can be used: {error}") from None
+        finally:
+            connection.close()
+        if not isinstance(hit, int):
+            raise OSError(f"{self.address}: it answers {response.status}")
+        return hit
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, address: Address, seconds: float) -> None:
+        host, port = (address.host, address.port) if isinstance(address, TcpAddress) else ("localhost", 80)
+        super().__init__(host, port, timeout=seconds)
+        self._address = address
+
+    def connect(self) -> None:
+        if isinstance(self._address, TcpAddress):
+            super().connect()
+            return
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._address.path)
+
+
+class EmbeddedLookupClient:
+    """Asks every worker; a request's hit is what all of them have.
+
+    Args:
+        workers: by their ids.
+        keys: cuts tokens into the chunks that the statistics count.
+        statistics: where lookups are counted, if they are.
+    """
+
+    def __init__(
+        self, workers: Mapping[int, Worker], keys: ChunkKeys, statistics: EmbeddedChunkStatistics | None
+    ) -> None:
+        self._workers = workers
+        self._keys = keys
+        self.statistics = statistics
+
+    def hits(self, tokens: Sequence[int]) -> Mapping[int, int]:
+        found = self._ask(tokens)
+        silent = [f"worker {worker}: {error}" for worker, error in found.items() if isinstance(error, OSError)]
+        if silent:
+            raise Unavailable("; ".join(silent))
+        return {worker: hit for worker, hit in found.items() if isinstance(hit, int)}
+
+    def lookup(self, tokens: Sequence[int]) -> int:
+        """The hit of a request, which is counted. A worker that does not answer has nothing, as in LMCache."""
+        began = time.perf_counter()
+        found = self._ask(tokens)
+        if self.statistics is not None:
+            self.statistics.record((chunk.key for chunk in self._keys.of(tokens)), time.perf_counter() - began)
+        return min((hit if isinstance(hit, int) else 0 for hit in found.values()), default=0)
+
+    @property
+    def name(self) -> str:
+        """As LMCache tells a client within a client."""
+        own = type(self).__name__
+        return own if self.statistics is None else f"ChunkStatisticsLookupClient({own})"
+
+    def _ask(self, tokens: Sequence[int]) -> dict[int, int | OSError]:
+        def ask(worker: Worker) -> int | OSError:
+            try:
+                return worker.hit_tokens(tokens)
+            except OSError as error:
+                return error
+
+        if not any(isinstance(worker, RemoteWorker) for worker in self._workers.values()):
+            return {number: ask(worker) for number, worker in self._workers.items()}
+        with ThreadPoolExecutor(min(len(self._workers), MAX_ASKED_AT_ONCE)) as pool:
+            return dict(zip(self._workers, pool.map(ask, self._workers.values()), strict=True))
+
+
+class SchedulerLookup:
+    """The scheduler's lookup client, closed and made again by the settings of now."""
+
+    def __init__(self, settings: Callable[[], Settings], workers: Mapping[int, Worker], keys: ChunkKeys) -> None:
+        self._settings = settings
+        self._workers = workers
+        self._keys = keys
+        self._lock = threading.Lock()
+        self.client: EmbeddedLookupClient | None = self._make()
+
+    def info(self) -> Mapping[str, str]:
+        return {"client": _name(self.client), "server": NO_CLIENT}
+
+    def close(self) -> dict[str, Any]:
+        with self._lock:
+            old, self.client = self.client, None
+        return {"old": _name(old)}
+
+    def create(self, *, dryrun: bool) -> dict[str, Any]:
+        if dryrun:
+            return {"new": _name(self._make()), "dryrun": True}
+        with self._lock:
+            self.client = self._make()
+            return {"new": _name(self.client)}
+
+    def recreate(self) -> dict[str, Any]:
+        with self._lock:
+            if self.client is None:
+                return {"error": "lookup client not available"}
+            old, self.client = self.client, self._make()
+            return {"old": _name(old), "new": _name(self.client)}
+
+    def _make(self) -> EmbeddedLookupClient:
+        settings = self._settings()
+        statistics = EmbeddedChunkStatistics(settings) if settings.enable_chunk_statistics else None
+        return EmbeddedLookupClient(self._workers, self._keys, statistics)
+
+
+class WorkerLookup:
+    """A worker answers lookups by its internal API, and has no server for them beside it."""
+
+    def info(self) -> Mapping[str, str]:
+        return {"client": NO_CLIENT, "server": NO_CLIENT}
+
+    def close(self) -> dict[str, Any]:
+        return {"old": NO_CLIENT}
+
+    def create(self, *, dryrun: bool) -> dict[str, Any]:
+        return {
+            "error": "an embedded worker answers lookups by its internal API (/cache/lookup) and has no lookup server"
+        }
+
+    def recreate(self) -> dict[str, Any]:
+        return {"error": "lookup server not available"}
+
+
+def _name(client: EmbeddedLookupClient | None) -> str:
+    return NO_CLIENT if client is None else client.name

@@ -1,0 +1,45 @@
+"""`/conf`: the settings of the component, read and changed while it runs."""
+
+import json
+from typing import Any
+
+from aiohttp import web
+
+from lmcache_api.app import COMPONENT, call
+from lmcache_shared import secrets
+from lmcache_shared.responses import json_response, plain, text_response
+from lmcache_shared.schema import read_body
+
+router = web.RouteTableDef()
+
+
+@router.get("/conf")
+async def read(request: web.Request) -> web.Response:
+    """All settings, or those of the comma list `names` that exist; JSON text as plain text, secrets as `***`."""
+    text = request.query.getall("names", [""])[-1]
+    names = text.split(",") if text else None
+    configuration = request.app[COMPONENT].configuration
+    values = await call(request, lambda: configuration.read(names), "reading the settings")
+    return text_response(json.dumps(_shown(request, values), indent=2))
+
+
+@router.post("/conf")
+async def update(request: web.Request) -> web.Response:
+    """Set the settings of a JSON object; what cannot be set is told under `errors`, and the others are set."""
+    try:
+        values = json.loads(await read_body(request))
+    except (ValueError, RecursionError) as error:
+        return json_response({"error": "Invalid JSON body", "message": str(error)}, status=400)
+    if not isinstance(values, dict):
+        return json_response({"error": "Request body must be a JSON object"}, status=400)
+    configuration = request.app[COMPONENT].configuration
+    updated, errors = await call(request, lambda: configuration.update(values), "changing the settings")
+    answer: dict[str, Any] = {"updated": _shown(request, updated)}
+    if errors:
+        answer["errors"] = errors
+    return json_response(answer, status=400 if errors and not updated else 200)
+
+
+def _shown(request: web.Request, values: object) -> Any:
+    names = request.app[COMPONENT].settings.internal_api_server_env_mask or ()
+    return secrets.masked_within(plain(values), extra_names=names)
