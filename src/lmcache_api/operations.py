@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import functools
 import logging
 from collections.abc import Callable
@@ -11,11 +13,18 @@ from aiohttp import web
 
 from lmcache_api.app import COMPONENT, ENGINE_POOL, call
 from lmcache_api.component import Engine, Unavailable
+from lmcache_shared.blocking import BlockingPool
 from lmcache_shared.errors import Failure, Refusal
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_MEANT_FOR_OTHERS = (
+    asyncio.CancelledError, concurrent.futures.CancelledError, StopIteration, GeneratorExit, SystemExit,
+    KeyboardInterrupt,
+)  # fmt: skip
+"""Raised in a handler they would drop the caller without an answer, or end the loop."""
 
 
 def engine_of(request: web.Request, api: str) -> Engine:
@@ -30,20 +39,27 @@ def engine_of(request: web.Request, api: str) -> Engine:
     return engine
 
 
-async def attempt(request: web.Request, function: Callable[[], T], what: str) -> T:
+async def attempt(
+    request: web.Request,
+    function: Callable[[], T],
+    what: str,
+    *,
+    pool: web.AppKey[BlockingPool] = ENGINE_POOL,
+) -> T:
     """The result of `function()`.
 
     Args:
         request: what is being answered.
-        function: asks the engine, in a thread of its pool.
+        function: asks the component.
         what: the operation, as in "Failed to clear cache".
+        pool: whose thread it is made in.
 
     Raises:
         Failure: 503 for what the component lacks, 500 for what its engine could not do.
         Refusal: 503 when too many calls wait, 504 past the deadline.
     """
     try:
-        return await call(request, function, what, pool=ENGINE_POOL)
+        return await call(request, lambda: _made(function), what, pool=pool)
     except Refusal:
         raise
     except Unavailable as error:
@@ -51,6 +67,14 @@ async def attempt(request: web.Request, function: Callable[[], T], what: str) ->
     except Exception as error:
         logger.exception("failed to %s", what)
         raise Failure(500, f"Failed to {what}", str(error) or type(error).__name__) from None
+
+
+def _made(function: Callable[[], T]) -> T:
+    """The result of `function()`; what a future or the loop would take for a word to itself is a failure like others."""
+    try:
+        return function()
+    except _MEANT_FOR_OTHERS as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 async def on_engine(request: web.Request, operation: Callable[[Engine], T], what: str, *, api: str) -> T:

@@ -81,6 +81,35 @@ def _ask_as_the_readme_does(folder: Path, port: str) -> None:
         assert done.stdout
 
 
+@pytest.mark.parametrize("load", ["20", "0"])
+def test_made_up_conversations_keep_it_busy_unless_they_are_off(arguments: list[str], load: str) -> None:
+    with running(CLUSTER, *arguments, "--load", load) as cluster:
+        read_until(cluster, "Ctrl-C")
+        proxy = f"http://127.0.0.1:{arguments[-1]}/proxy2"
+        deadline = time.monotonic() + 20
+        while (runs := _json(f"{proxy}/lmcache_scheduler/periodic-threads/load-thread")["total_runs"]) < 2:
+            assert time.monotonic() < deadline, runs
+            time.sleep(0.1)
+        sent = _json(f"{proxy}/lmcache_scheduler/chunk_statistics/status")["total_requests"]
+        for worker in ("lmcache_worker0", "lmcache_worker1"):
+            with urllib.request.urlopen(f"{proxy}/{worker}/metrics", timeout=10) as response:
+                text = response.read().decode()
+            stored = re.search(r"^lmcache:num_stored_tokens_total\{.*\} (.*)$", text, re.MULTILINE)
+            assert stored
+            assert (float(stored[1]) > 0) is (load == "20")
+        assert (sent >= 20) is (load == "20")
+
+
+def test_a_load_that_is_no_number(arguments: list[str]) -> None:
+    with running(CLUSTER, *arguments, "--load", "much") as cluster:
+        assert cluster.wait(20) == 2
+
+
+def _json(url: str) -> dict[str, float]:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return dict(json.loads(response.read()))
+
+
 def test_run_script_as_the_docs_write_it(folder: Path) -> None:
     """`curl -X POST http://localhost:8080/proxy/localhost/8081/run_script -F "script=@scratch.py"`, ports adapted."""
     text = (ROOT / "docs" / "internal-api.md").read_text()

@@ -80,3 +80,17 @@ async def ours(host: Host) -> AsyncIterator[aiohttp.ClientSession]:
     """Our internal API server, on the same manager."""
     async with client_of(host.ours) as client:
         yield client
+
+
+@pytest_asyncio.fixture
+async def their_scheduler(host: Host) -> AsyncIterator[aiohttp.ClientSession]:
+    """LMCache's own internal API server of the scheduler."""
+    async with client_of(host.their_scheduler) as client:
+        yield client
+
+
+@pytest_asyncio.fixture
+async def our_scheduler(host: Host) -> AsyncIterator[aiohttp.ClientSession]:
+    """Ours, on the same scheduler."""
+    async with client_of(host.our_scheduler) as client:
+        yield client

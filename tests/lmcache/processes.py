@@ -6,6 +6,7 @@ Each has a log in its folder, is waited for within a bounded time, and is ended 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -37,6 +38,8 @@ LOG_TAIL_BYTES = 4000
 
 WORKER_PORT = 7000
 """What LMCache appends to the socket prefix for worker 0: the port that it would have."""
+
+SCHEDULER_PORT = WORKER_PORT - 1
 
 SECRETS = {"HF_TOKEN": "hf_of_the_tests", "REDIS_URL": "redis://user:of-the-tests@localhost:6379"}
 """Variables of the host that LMCache's own `/env` shows and ours masks: one by its name, one by its content."""
@@ -93,6 +96,9 @@ class Host(Child):
 
     theirs: Path
     ours: Path
+    their_scheduler: Path
+    our_scheduler: Path
+    folder: Path
 
     def tell(self, command: str, answer: str) -> None:
         """Send a command of `host.py`; fail when its answer is another one."""
@@ -138,15 +144,27 @@ def running_host(python: str, folder: Path) -> Iterator[Host]:
     environ = lmcache_environ(folder, PYTHONPATH=str(ROOT / "src"), **SECRETS)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
     with _started(command, folder / "host.log", environ=environ, **pipes) as child:
-        theirs, ours = (folder / f"{name}_{WORKER_PORT}" for name in ("lm", "ours"))
-        host = Host(child.process, child.log, theirs, ours)
+        sockets = [folder / f"{name}_{port}" for port in (WORKER_PORT, SCHEDULER_PORT) for name in ("lm", "ours")]
+        host = Host(child.process, child.log, *sockets, folder)
         try:
             host.expect("READY", seconds=START_SECONDS)
-            host.wait_until(lambda: _answers(theirs, "/version"), seconds=ASK_SECONDS, what="LMCache's own server")
+            for server in (host.theirs, host.their_scheduler):
+                ready = functools.partial(_answers, server, "/version")
+                host.wait_until(ready, seconds=ASK_SECONDS, what="LMCache's own server")
             yield host
         finally:
             assert host.process.stdin is not None
             host.end(ask=host.process.stdin.close)
+
+
+@contextlib.contextmanager
+def running_program(python: str, folder: Path, *options: str, **variables: str) -> Iterator[Child]:
+    """`python -m lmcache_api --engine lmcache` of this project; `Child.log` has what it says."""
+    config = _write_config(folder)
+    command = [python, "-m", "lmcache_api", "--engine", "lmcache", "--config", str(config), *options]
+    environ = lmcache_environ(folder, PYTHONPATH=str(ROOT / "src"), **variables)
+    with _started(command, folder / "program.log", environ=environ) as child:
+        yield child
 
 
 @contextlib.contextmanager
@@ -236,7 +254,7 @@ max_local_cpu_size: 1
 local_disk: "file://{disk}/"
 max_local_disk_size: 1
 internal_api_server_enabled: true
-internal_api_server_port_start: {WORKER_PORT - 1}
+internal_api_server_port_start: {SCHEDULER_PORT}
 internal_api_server_socket_path_prefix: {folder}/lm
 """)
     return config

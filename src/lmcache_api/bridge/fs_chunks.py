@@ -28,7 +28,7 @@ def load_chunks(engine: Any, config_path: str, max_chunks: int | None, max_faile
         LoadError: the configuration cannot be used.
     """
     storage = ability(engine, "storage_manager")
-    loop, cpu = ability(storage, "loop"), ability(storage, "allocator_backend")
+    loop, cpu = ability(storage, "loop"), ability(storage, "local_cpu_backend")  # of now: it may have been recreated
     remote = _remote_backend(_configuration(config_path), ability(engine, "metadata"), loop, cpu)
     try:
         connector = ability(remote, "connection")

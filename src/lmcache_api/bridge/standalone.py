@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmcache_api.bridge.manager import ManagerComponent
-from lmcache_shared.config import CONFIG_FILE_VARIABLE, from_object, read_yaml
+from lmcache_shared.config import CONFIG_FILE_VARIABLE, convert, from_object, read_yaml
 from lmcache_shared.errors import ConfigError, StartError
 from lmcache_shared.settings import DEFINITIONS, EXTRA, Settings
 
@@ -55,6 +55,8 @@ class StandaloneEngine:
             use_mla=settings.engine_use_mla,
         )
         self._config.internal_api_server_enabled = False  # its own server is not to be made
+        if settings.engine_use_mla:  # LMCache would broadcast to the other workers, and this process has none
+            self._config.extra_config = {"save_only_first_rank": False, **(self._config.extra_config or {})}
         try:
             groups = parse_kvcache_shape_spec(_layers(settings))
             self._starter = LMCacheStandaloneStarter(self._config, metadata, groups, "cpu")
@@ -98,7 +100,7 @@ def _configuration(path: str | None, overrides: Sequence[str]) -> tuple[Any, boo
         if not equals or not name:
             raise ConfigError(f"--set {override}: expected key=value")
         if name in DEFINITIONS and DEFINITIONS[name].section == EXTRA:
-            extra[name] = value
+            extra[name] = convert(value, DEFINITIONS[name], f"--set {key.strip()}")
         elif name not in _CONFIG_DEFINITIONS:
             raise ConfigError(f"--set {key}: LMCache has no such setting")
         elif not validate_and_set_config_value(config, name, value):

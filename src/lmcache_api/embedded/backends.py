@@ -71,16 +71,17 @@ class StorageBackends:
     def create(self) -> Mapping[str, str]:
         with self._changing:
             settings = self._settings()
-            made: dict[str, Backend] = {}
+            made: list[str] = []
+            if memory.NAME not in self._backends:  # first: a folder that cannot be used costs the disk alone
+                size = int(settings.max_local_cpu_size * GIB)
+                cpu = LocalCPUBackend(size, self._token_bytes, self._count, hot=settings.local_cpu)
+                self._replace({**self._backends, memory.NAME: cpu})
+                made.append(memory.NAME)
             folder = self._folder(settings)
             if disk.NAME not in self._backends and folder is not None:
-                size = int(settings.max_local_disk_size * GIB)
-                made[disk.NAME] = LocalDiskBackend(folder, size, self._token_bytes)
-            if memory.NAME not in self._backends:
-                size = int(settings.max_local_cpu_size * GIB)
-                made[memory.NAME] = LocalCPUBackend(size, self._token_bytes, self._count, hot=settings.local_cpu)
-            self._replace({**self._backends, **made})
-            return {name: type(made[name]).__name__ for name in sorted(made)}
+                self._replace({**self._backends, disk.NAME: self._make_disk(folder, settings)})
+                made.append(disk.NAME)
+            return {name: type(self._backends[name]).__name__ for name in made}
 
     def close(self, name: str) -> bool:
         with self._changing:
@@ -96,11 +97,18 @@ class StorageBackends:
             backend = self._backends.get(name)
             if backend is None:
                 return None
-            folder = self._folder(self._settings())
-            if name == disk.NAME and folder is not None:
+            settings = self._settings()
+            folder = self._folder(settings)
+            made: dict[str, str] = {}
+            if isinstance(backend, LocalDiskBackend) and folder is not None:
                 disk.check_usable(folder)  # before the old one is closed: a failed change leaves it as it was
-            self.close(name)
-            return self.create()
+                if not folder.samefile(backend.folder):
+                    self._replace({**self._backends, name: self._make_disk(folder, settings)})
+                    backend.close()
+                    made[name] = LocalDiskBackend.__name__
+            if not made:
+                self.close(name)
+            return {**made, **self.create()}
 
     def bypassed(self) -> Sequence[str]:
         return sorted(self._bypassed)
@@ -114,6 +122,9 @@ class StorageBackends:
     def close_all(self) -> None:
         for name in list(self._backends):
             self.close(name)
+
+    def _make_disk(self, folder: Path, settings: Settings) -> LocalDiskBackend:
+        return LocalDiskBackend(folder, int(settings.max_local_disk_size * GIB), self._token_bytes)
 
     def _replace(self, backends: Mapping[str, Backend]) -> None:
         self._backends = {name: backends[name] for name in (memory.NAME, disk.NAME) if name in backends}

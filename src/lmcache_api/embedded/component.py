@@ -18,6 +18,7 @@ from lmcache_api.embedded.lookup import EmbeddedLookupClient, RemoteWorker, Sche
 from lmcache_api.embedded.metrics import EmbeddedMetrics, of_threads
 from lmcache_api.embedded.periodic_threads import PeriodicThread
 from lmcache_api.embedded.pins import PinMonitor
+from lmcache_api.embedded.statistics import NO_STATISTICS
 from lmcache_shared.errors import ConfigError
 from lmcache_shared.placement import SCHEDULER_INDEX, Role, place
 from lmcache_shared.settings import Settings
@@ -165,7 +166,7 @@ class EmbeddedComponent:
         return {
             "lmcache_is_healthy": self._health.is_healthy(),
             **of_threads(self.periodic_threads()),
-            **(statistics.gauges() if statistics is not None else {}),
+            **(statistics.gauges() if statistics is not None else NO_STATISTICS),
         }
 
 

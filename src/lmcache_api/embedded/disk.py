@@ -37,7 +37,7 @@ _BLOCK = 4096
 """Files take whole blocks of the disk; so does the budget."""
 
 _FILE = re.compile(rf"([0-9a-f]{{{2 * KEY_BYTES}}})\.kv")
-_UNFINISHED = ".tmp"
+_UNFINISHED = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}\.tmp")
 _LOCK = "lock"
 _WARN_SECONDS = 60.0
 
@@ -69,7 +69,7 @@ class LocalDiskBackend:
         self._token_bytes = token_bytes
         self._lock = threading.Condition()
         self._files: OrderedDict[bytes, Stored] = OrderedDict()  # the least recently used first
-        self._writing: set[bytes] = set()
+        self._writing: dict[bytes, int] = {}  # and the space that is kept for each
         self._used = 0
         self._generation = 0
         self._closed = False
@@ -92,11 +92,11 @@ class LocalDiskBackend:
             if self._closed or key in self._writing or not self._make_room(space):
                 return False
             self._used += space
-            self._writing.add(key)
+            self._writing[key] = space
             generation = self._generation
         written = self._write(key, data)
         with self._lock:
-            self._writing.discard(key)
+            del self._writing[key]
             self._lock.notify_all()
             if written and generation == self._generation:
                 self._files[key] = Stored(len(data) // self._token_bytes, space)
@@ -108,6 +108,7 @@ class LocalDiskBackend:
 
     def get(self, key: bytes, *, touch: bool = True) -> bytes | None:
         """A chunk's bytes; `touch` makes it the most recently used. A damaged one is dropped and not found."""
+        data: bytes | None
         with self._lock:
             stored = self._files.get(key)
             if stored is None:
@@ -115,7 +116,7 @@ class LocalDiskBackend:
             if touch:
                 self._files.move_to_end(key)
         try:
-            data = read_chunk(self._path(key), key, stored.space)
+            _, data = read_chunk(self._path(key), key, stored.space)
         except FileNotFoundError:
             data = None
         except (OSError, ValueError) as error:
@@ -163,7 +164,7 @@ class LocalDiskBackend:
         for path, written_at, size in _entries(self.folder):
             name = _FILE.fullmatch(path.name)
             if name is None:
-                if path.name.endswith(_UNFINISHED):
+                if _UNFINISHED.fullmatch(path.name):
                     path.unlink(missing_ok=True)
                 continue
             key = bytes.fromhex(name[1])
@@ -183,7 +184,7 @@ class LocalDiskBackend:
         self._make_room(0)
 
     def _write(self, key: bytes, data: bytes) -> bool:
-        unfinished = self.folder / f"{key.hex()}{_UNFINISHED}"
+        unfinished = self.folder / f"{key.hex()}.tmp"
         header = _HEADER.pack(_MAGIC, key, len(data) // self._token_bytes, len(data))
         try:
             with open(unfinished, "wb") as file:
@@ -200,9 +201,9 @@ class LocalDiskBackend:
 
     def _make_room(self, space: int) -> bool:
         """Let files leave until `space` more fits, if that can be."""
+        if sum(self._writing.values()) + space > self._max_bytes:
+            return False
         while self._used + space > self._max_bytes:
-            if not self._files:  # the budget is smaller, or all of it is being written
-                return False
             key, stored = self._files.popitem(last=False)
             self._used -= stored.space
             self._unlink(key)
@@ -255,8 +256,8 @@ def chunk_files(folder: Path) -> list[tuple[bytes, Path]]:
     return sorted((bytes.fromhex(name[1]), path) for path, name in names if name)
 
 
-def read_chunk(path: Path, key: bytes, max_bytes: int) -> bytes:
-    """The bytes of a chunk file, at most `max_bytes`.
+def read_chunk(path: Path, key: bytes, max_bytes: int) -> tuple[int, bytes]:
+    """How many tokens a chunk file has, and their bytes, at most `max_bytes`.
 
     Raises:
         OSError: it cannot be read.
@@ -270,7 +271,7 @@ def read_chunk(path: Path, key: bytes, max_bytes: int) -> bytes:
         raise ValueError("it is no chunk of that key")
     if len(data) > max_bytes or _digest(header, data) != digest:
         raise ValueError("its checksum is wrong")
-    return data
+    return int(_HEADER.unpack(header)[2]), data
 
 
 def _read_header(path: Path, key: bytes, size: int) -> int:

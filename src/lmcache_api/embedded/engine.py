@@ -15,6 +15,7 @@ from lmcache_api.embedded import disk
 from lmcache_api.embedded.backends import Backend, StorageBackends
 from lmcache_api.embedded.keys import Chunk, ChunkKeys
 from lmcache_api.embedded.layout import KVLayout, PagedKVCache, pattern
+from lmcache_api.embedded.memory import LocalCPUBackend
 from lmcache_api.embedded.metrics import EmbeddedMetrics
 from lmcache_shared.config import read_yaml
 from lmcache_shared.errors import ConfigError
@@ -62,7 +63,7 @@ class EmbeddedEngine:
         )
         self._records_slots = False
         self._pins_lock = threading.Lock()
-        self._pins: dict[str, tuple[float, list[bytes]]] = {}
+        self._pins: dict[str, tuple[float, LocalCPUBackend, list[bytes]]] = {}
 
     def store(self, tokens: Sequence[int], *, known: int = 0) -> None:
         """Compute the KV of the tokens into the paged KV cache, and keep its chunks.
@@ -81,6 +82,8 @@ class EmbeddedEngine:
         for chunk in chunks:
             if chunk.end <= known:
                 continue
+            if self.is_frozen():  # since this store began
+                break
             with clock.part("from_gpu"):
                 data = pattern(chunk.key, (chunk.end - chunk.start) * self.layout.token_bytes)
                 self.kv_caches.write(chunk.start, data)
@@ -113,18 +116,8 @@ class EmbeddedEngine:
 
     def lookup(self, tokens: Sequence[int]) -> Sequence[Span]:
         clock = _Clock()
-        only = self._settings().retrieve_locations
-        spans: list[Span] = []
-        for chunk in self._keys.of(tokens):
-            where = tuple(name for name, backend in self.backends.active(only) if chunk.key in backend)
-            if not where:
-                break
-            last = spans[-1] if spans else None
-            if last is not None and last.locations == where:
-                spans[-1] = Span(last.start, chunk.end, last.chunks + 1, where)
-            else:
-                spans.append(Span(chunk.start, chunk.end, 1, where))
-        hit = spans[-1].end if spans else 0
+        spans = self._spans(tokens)
+        hit = _hit(spans)
         self._metrics.add("num_lookup_requests")
         self._metrics.add("num_lookup_tokens", len(tokens))
         self._metrics.add("num_lookup_hits", hit)
@@ -137,28 +130,27 @@ class EmbeddedEngine:
 
     def hit_tokens(self, tokens: Sequence[int]) -> int:
         """The tokens of the longest known prefix."""
-        spans = self.lookup(tokens)
-        return spans[-1].end if spans else 0
+        return _hit(self.lookup(tokens))
 
     def pin(self, tokens: Sequence[int], lookup_id: str) -> int:
-        """`hit_tokens`, and those chunks of them that are in memory stay there until `unpin(lookup_id)`.
+        """The chunks of the longest known prefix that are in memory stay there until `unpin(lookup_id)`; its tokens.
 
         A lookup that is not unpinned is when it is older than `pin_timeout_sec` (`unpin_expired`).
         """
-        hit = self.hit_tokens(tokens)
+        hit = _hit(self._spans(tokens))
         cpu = self.backends.cpu
         with self._pins_lock:
             if cpu is None or lookup_id in self._pins or len(self._pins) >= MAX_PINNING_LOOKUPS:
                 return hit
             keys = [chunk.key for chunk in self._keys.of(tokens[:hit]) if cpu.pin(chunk.key)]
-            self._pins[lookup_id] = (time.monotonic(), keys)
+            self._pins[lookup_id] = (time.monotonic(), cpu, keys)
         return hit
 
     def unpin(self, lookup_id: str) -> None:
         with self._pins_lock:
-            _, keys = self._pins.pop(lookup_id, (0.0, []))
-            cpu = self.backends.cpu
-            if cpu is not None:
+            held = self._pins.pop(lookup_id, None)
+            if held is not None:
+                _, cpu, keys = held  # the backend that pinned them: another may have been made since
                 for key in keys:
                     cpu.unpin(key)
 
@@ -166,7 +158,7 @@ class EmbeddedEngine:
         """Unpin what lookups have held for longer than `pin_timeout_sec`; how many chunks those were."""
         oldest = time.monotonic() - self._settings().pin_timeout_sec
         with self._pins_lock:
-            expired = {lookup_id: len(keys) for lookup_id, (since, keys) in self._pins.items() if since < oldest}
+            expired = {lookup_id: len(keys) for lookup_id, (since, _, keys) in self._pins.items() if since < oldest}
         for lookup_id in expired:
             self.unpin(lookup_id)
         forced = sum(expired.values())
@@ -208,8 +200,8 @@ class EmbeddedEngine:
         loaded = 0
         for key, path in files[:max_chunks]:
             try:
-                data = disk.read_chunk(path, key, self.layout.chunk_size * self.layout.token_bytes)
-                whole = len(data) % self.layout.token_bytes == 0
+                tokens, data = disk.read_chunk(path, key, self.layout.chunk_size * self.layout.token_bytes)
+                whole = len(data) == tokens * self.layout.token_bytes
             except (OSError, ValueError) as error:
                 logger.warning("chunk %s is not loaded: %s", path, error)
                 whole = False
@@ -234,7 +226,7 @@ class EmbeddedEngine:
             "local_cpu_hot_cache_count": cpu.chunks if cpu else 0,
             "pinned_memory_objs_count": cpu.pinned if cpu else 0,
             "pin_monitor_pinned_objects_count": cpu.pinned if cpu else 0,
-            "local_cpu_keys_in_request_count": sum(len(keys) for _, keys in list(self._pins.values())),
+            "local_cpu_keys_in_request_count": sum(len(keys) for *_, keys in list(self._pins.values())),
             "get_blocking_failed_count": files.damaged if files else 0,
             "put_failed_count": files.failed_puts if files else 0,
             "connector_kv_caches_count": self.layout.layers,
@@ -247,6 +239,20 @@ class EmbeddedEngine:
             self._metrics.observe(f"{operation}_{part}_time", spent)
         if tokens:
             self._metrics.observe(f"{operation}_speed", tokens / max(seconds, 1e-9))
+
+    def _spans(self, tokens: Sequence[int]) -> list[Span]:
+        only = self._settings().retrieve_locations
+        spans: list[Span] = []
+        for chunk in self._keys.of(tokens):
+            where = tuple(name for name, backend in self.backends.active(only) if chunk.key in backend)
+            if not where:
+                break
+            last = spans[-1] if spans else None
+            if last is not None and last.locations == where:
+                spans[-1] = Span(last.start, chunk.end, last.chunks + 1, where)
+            else:
+                spans.append(Span(chunk.start, chunk.end, 1, where))
+        return spans
 
     def _fetch(self, chunk: Chunk, only: Sequence[str] | None) -> bytes | None:
         """A chunk's bytes from the first backend that has it; from disk into memory too, unless that is frozen."""
@@ -268,6 +274,10 @@ class EmbeddedEngine:
         if self._records_slots:
             slots = ranges_of(range(min(tokens, self.layout.slots)))
             logger.info("[KVCache Check] %s, tokens=%d, slot_mapping: %s", operation, tokens, slots)
+
+
+def _hit(spans: Sequence[Span]) -> int:
+    return spans[-1].end if spans else 0
 
 
 class _Clock:

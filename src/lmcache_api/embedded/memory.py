@@ -65,7 +65,8 @@ class LocalCPUBackend:
             return data
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._chunks or key in self._pinned
+        with self._lock:  # pinning moves a chunk from one to the other
+            return key in self._chunks or key in self._pinned
 
     def pin(self, key: bytes) -> bool:
         """Keep a chunk from leaving until it is unpinned as often; whether it is here."""
@@ -79,14 +80,19 @@ class LocalCPUBackend:
             return True
 
     def unpin(self, key: bytes) -> None:
+        """Let a chunk leave again; it does at once when none are kept by now."""
         with self._lock:
             count = self._pins.get(key, 0)
             if count > 1:
                 self._pins[key] = count - 1
             elif count:
                 del self._pins[key]
-                self._chunks[key] = self._pinned.pop(key)
-                self._pinned_bytes -= len(self._chunks[key])
+                data = self._pinned.pop(key)
+                self._pinned_bytes -= len(data)
+                if self._hot:
+                    self._chunks[key] = data
+                else:
+                    self._used -= len(data)
 
     def clear(self) -> int:
         """Forget every chunk that is not pinned; how many tokens those had."""

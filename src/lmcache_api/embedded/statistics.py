@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lmcache_shared.settings import Settings
@@ -18,6 +18,20 @@ from lmcache_shared.settings import Settings
 logger = logging.getLogger(__name__)
 
 _MASK = (1 << 64) - 1
+
+NO_STATISTICS: Mapping[str, float] = dict.fromkeys(
+    (
+        "chunk_statistics_enabled",
+        "chunk_statistics_total_requests",
+        "chunk_statistics_total_chunks",
+        "chunk_statistics_unique_chunks",
+        "chunk_statistics_reuse_rate",
+        "chunk_statistics_bloom_filter_size_mb",
+        "chunk_statistics_bloom_filter_fill_rate",
+    ),
+    0.0,
+)
+"""The gauges of a client without them, so that none tells of one that was closed."""
 
 
 class BloomFilter:

@@ -1,11 +1,13 @@
 """`/conf`: the settings of the component, read and changed while it runs."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
 
-from lmcache_api.app import COMPONENT, call
+from lmcache_api.app import COMPONENT, POOL
+from lmcache_api.operations import attempt
 from lmcache_shared import secrets
 from lmcache_shared.responses import json_response, plain, text_response
 from lmcache_shared.schema import read_body
@@ -19,8 +21,8 @@ async def read(request: web.Request) -> web.Response:
     text = request.query.getall("names", [""])[-1]
     names = text.split(",") if text else None
     configuration = request.app[COMPONENT].configuration
-    values = await call(request, lambda: configuration.read(names), "reading the settings")
-    return text_response(json.dumps(_shown(request, values), indent=2))
+    values = await attempt(request, lambda: _shown(request, configuration.read(names)), "read the settings", pool=POOL)
+    return text_response(json.dumps(values, indent=2))
 
 
 @router.post("/conf")
@@ -33,8 +35,13 @@ async def update(request: web.Request) -> web.Response:
     if not isinstance(values, dict):
         return json_response({"error": "Request body must be a JSON object"}, status=400)
     configuration = request.app[COMPONENT].configuration
-    updated, errors = await call(request, lambda: configuration.update(values), "changing the settings")
-    answer: dict[str, Any] = {"updated": _shown(request, updated)}
+
+    def change() -> tuple[Any, Mapping[str, str]]:
+        updated, errors = configuration.update(values)
+        return _shown(request, updated), errors
+
+    updated, errors = await attempt(request, change, "change the settings", pool=POOL)
+    answer: dict[str, Any] = {"updated": updated}
     if errors:
         answer["errors"] = errors
     return json_response(answer, status=400 if errors and not updated else 200)
