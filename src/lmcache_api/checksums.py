@@ -22,7 +22,7 @@ MAX_DIGITS = 20
 MAX_SHOWN = 16
 
 _RANGE = re.compile(r"\[([0-9]{1,20}),([0-9]{1,20})\]")
-_PART = re.compile(r"\[[^\[\]]*\]|[^,\[\]]+|[\[\]]")
+_PART = re.compile(r"[^,\[\]]*\[[^\[\]]*\]?|[^,\[\]]+|\]")
 
 
 @dataclass(frozen=True)

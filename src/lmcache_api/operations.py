@@ -70,7 +70,7 @@ async def attempt(
 
 
 def _made(function: Callable[[], T]) -> T:
-    """The result of `function()`; what a future or the loop would take for a word to itself is a failure like others."""
+    """The result of `function()`; what a future or the loop would take for its own is a failure like others."""
     try:
         return function()
     except _MEANT_FOR_OTHERS as error:

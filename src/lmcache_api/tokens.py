@@ -22,7 +22,7 @@ _INT64 = 1 << 63
 
 
 class _Body(msgspec.Struct):
-    tokens: list[Annotated[int, msgspec.Meta(ge=-_INT64, lt=_INT64)]]
+    tokens: list[Annotated[int, msgspec.Meta(ge=-_INT64, le=_INT64 - 1)]]
 
 
 async def read_tokens(request: web.Request) -> Sequence[int]:

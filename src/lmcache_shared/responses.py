@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ def plain(value: object, depth: int = 0) -> object:
     if value is None or isinstance(value, str | bool | int):
         return value
     if depth >= MAX_DEPTH:
-        return str(value)
+        return _text(value)
     if isinstance(value, Mapping):
         return {str(key): plain(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -29,10 +30,24 @@ def plain(value: object, depth: int = 0) -> object:
     return str(value)
 
 
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except RecursionError:
+        return "..."
+
+
 def json_text(value: object, *, indent: int | None = None) -> str:
-    """`value` as JSON, compact unless `indent` is given; a lone surrogate is escaped, never an error."""
+    """`value` as JSON, compact unless `indent` is given.
+
+    A lone surrogate is escaped; infinity and what is nested too deep are told as text.
+    """
     separators = (",", ":") if indent is None else None
-    text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
+    dumps = functools.partial(json.dumps, indent=indent, separators=separators, ensure_ascii=False, allow_nan=False)
+    try:
+        text = dumps(value)
+    except (ValueError, RecursionError):  # infinity, or deeper than Python goes: both may come in by a request
+        text = dumps(plain(value))
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from lmcache_shared.errors import Refusal
+from lmcache_shared.responses import plain
 
 T = TypeVar("T")
 
@@ -90,7 +91,8 @@ async def parse_body(request: web.Request, model: Callable[..., T], *, max_bytes
         raise Refusal(422, [{**problem, "ctx": {"error": why}}]) from None
     if not isinstance(content, dict):
         message = "Input should be a valid dictionary or object to extract fields from"
-        raise Refusal(422, [{"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": content}])
+        refused = {"type": "model_attributes_type", "loc": ["body"], "msg": message, "input": plain(content)}
+        raise Refusal(422, [refused])
     problems: list[dict[str, object]] = []
     values: dict[str, Any] = {}
     for name, kind, required in _fields(model):
@@ -144,7 +146,7 @@ async def read_body(request: web.Request, max_bytes: int = MAX_BODY_BYTES) -> by
 
 
 def _problem(kind: str, name: str, message: str, value: object, where: str = "query") -> dict[str, object]:
-    return {"type": kind, "loc": [where, name], "msg": message, "input": value}
+    return {"type": kind, "loc": [where, name], "msg": message, "input": plain(value)}
 
 
 def _integer(text: str) -> int | None:

@@ -17,6 +17,9 @@ from collections.abc import Mapping, Sequence
 
 MASK = "***"
 
+MAX_LOOKED_AT = 1 << 17
+"""A longer value is masked unread: Linux has no longer variable, and reading it would hold every thread up."""
+
 _SECRET_WORDS = frozenset(
     "secret secrets token tokens password passwords passwd passphrase pass pwd credential credentials cred creds"
     " auth authorization key keys apikey apikeys accesskey secretkey privatekey cookie cookies session jwt bearer"
@@ -33,6 +36,9 @@ _NOT_SECRET_NAMES = frozenset({"PWD", "OLDPWD", "SSH_AUTH_SOCK", "XDG_SESSION_ID
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _PLAIN_COUNT = re.compile(r"-?[0-9]{1,9}(\.[0-9]{1,9})?|true|false|", re.IGNORECASE)
+
+_NEVER_COUNTS = re.compile("passw|passphrase|pwd|secret|cred", re.IGNORECASE)
+"""In the name of a number that is none of `num_key_value_heads=8` and `eos_token_id=128009`."""
 
 _CONTENT_RULE = r"""
       -----BEGIN\ [A-Z ]{0,30}PRIVATE\ KEY | LS0tLS1CRUdJTi                        # a private key, also in base64
@@ -64,16 +70,25 @@ def masked(values: Mapping[str, str], extra_names: Sequence[str] = ()) -> dict[s
 
 
 def masked_within(value: object, name: str = "", extra_names: Sequence[str] = ()) -> object:
-    """`value`, as `responses.plain` gives it, with every text in it that looks secret as `***`.
+    """`value`, as `responses.plain` gives it, with all in it that looks secret as `***`.
 
-    `name` is what it is called; inside a mapping each value goes by its own name.
+    `name` is what it is called; inside a mapping each value goes by its own name. What `extra_names` name is masked
+    whatever it is; of numbers beside those, passwords and such of more than nine digits under a secret name.
     """
     return _masked_within(value, name, [pattern.upper() for pattern in extra_names])
 
 
 def _masked_within(value: object, name: str, patterns: Sequence[str]) -> object:
+    if value is None or value == "":
+        return value
+    if _is_named(name, patterns):
+        return MASK
     if isinstance(value, str):
-        return MASK if value and is_secret(name, value, patterns) else value
+        return MASK if is_secret(name, value) else value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        text = str(value)
+        counts = _PLAIN_COUNT.fullmatch(text) and not _NEVER_COUNTS.search(name)
+        return MASK if _has_secret_name(name, text) and not counts else value
     if isinstance(value, Mapping):
         return {key: _masked_within(inner, key, patterns) for key, inner in value.items()}
     if isinstance(value, list):
@@ -83,9 +98,13 @@ def _masked_within(value: object, name: str, patterns: Sequence[str]) -> object:
 
 def is_secret(name: str, value: str, patterns: Sequence[str] = ()) -> bool:
     """Whether the variable looks like a secret; `patterns` are name patterns in capitals."""
-    if any(fnmatch.fnmatchcase(name.upper(), pattern) for pattern in patterns):
+    if len(value) > MAX_LOOKED_AT or _is_named(name, patterns):
         return True
     return _has_secret_name(name, value) or _secret_content().search(value) is not None
+
+
+def _is_named(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name.upper(), pattern) for pattern in patterns)
 
 
 def _has_secret_name(name: str, value: str) -> bool:

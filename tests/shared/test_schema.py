@@ -1,10 +1,15 @@
+import asyncio
+import json
+import math
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
+from aiohttp.streams import StreamReader
 from aiohttp.test_utils import make_mocked_request
 
 from lmcache_shared.errors import Refusal
-from lmcache_shared.schema import parse_query
+from lmcache_shared.schema import parse_body, parse_query
 
 
 @dataclass(frozen=True)
@@ -57,3 +62,99 @@ def test_a_field_of_another_type_is_a_mistake_of_ours() -> None:
 
     with pytest.raises(TypeError, match=r"Wrong\.when"):
         parse_query(make_mocked_request("GET", "/x"), Wrong)
+
+
+@dataclass(frozen=True)
+class Body:
+    path: str
+    count: int | None = None
+    most: int = 10
+    flag: bool = False
+
+
+async def read_json(content: object, *, max_bytes: int = 1 << 20) -> Body:
+    """`parse_body` of these bytes, or of the object as JSON."""
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    stream = StreamReader(mock.Mock(_reading_paused=False), limit=1 << 16, loop=asyncio.get_running_loop())
+    for start in range(0, len(data), 1000):
+        stream.feed_data(data[start : start + 1000])
+    stream.feed_eof()
+    return await parse_body(make_mocked_request("POST", "/x", payload=stream), Body, max_bytes=max_bytes)
+
+
+async def problems(content: object) -> list[tuple[str, list[object]]]:
+    with pytest.raises(Refusal) as refused:
+        await read_json(content)
+    assert refused.value.status == 422
+    detail = refused.value.detail
+    assert isinstance(detail, list)
+    assert all({"type", "loc", "msg", "input"} <= problem.keys() for problem in detail)
+    json.dumps(detail, allow_nan=False)
+    return [(problem["type"], problem["loc"]) for problem in detail]
+
+
+async def test_a_body_with_its_values_and_defaults() -> None:
+    assert await read_json({"path": "x"}) == Body("x")
+    assert await read_json({"path": "", "count": None, "most": "7", "flag": True, "other": [1]}) == Body(
+        "", None, 7, True
+    )
+    assert await read_json({"path": "x", "count": 7.0}) == Body("x", 7)
+    assert await read_json({"path": "x", "count": -(1 << 63)}) == Body("x", -(1 << 63))
+    assert await read_json(b' {"path": "a", "path": "b"} ') == Body("b")
+    assert type((await read_json({"path": "x", "count": 7.0})).count) is int
+
+
+async def test_every_problem_of_a_body_is_told() -> None:
+    assert await problems({"count": "x", "most": None, "flag": 1}) == [
+        ("missing", ["body", "path"]),
+        ("int_parsing", ["body", "count"]),
+        ("int_type", ["body", "most"]),
+        ("bool_type", ["body", "flag"]),
+    ]
+    for value in (None, 1, True, [], {}, math.nan):
+        assert await problems({"path": value}) == [("string_type", ["body", "path"])]
+    for value, kind in (
+        (1.5, "int_from_float"),
+        (math.nan, "int_from_float"),
+        (math.inf, "int_from_float"),
+        (1e30, "int_type"),
+        (1 << 64, "int_type"),
+        ([], "int_type"),
+        ({}, "int_type"),
+        ("1.5", "int_parsing"),
+        ("", "int_parsing"),
+    ):
+        assert await problems({"path": "x", "count": value}) == [(kind, ["body", "count"])]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "where"),
+    [
+        (b"", "missing", ["body"]),
+        (b" ", "json_invalid", ["body", 1]),
+        (b"nope", "json_invalid", ["body", 0]),
+        (b'{"path": "x"', "json_invalid", ["body", 12]),
+        (b"\xff", "json_invalid", ["body", 0]),
+        (b"[" * 100_000, "json_invalid", ["body", 0]),
+        (b'{"path": ' + b"9" * 5000 + b"}", "json_invalid", ["body", 0]),
+        (b"[]", "model_attributes_type", ["body"]),
+        (b"null", "model_attributes_type", ["body"]),
+        (b"[1e999]", "model_attributes_type", ["body"]),
+    ],
+    ids=lambda value: ascii(value)[:24],
+)
+async def test_what_is_no_body(content: bytes, kind: str, where: list[object]) -> None:
+    assert await problems(content) == [(kind, where)]
+
+
+async def test_a_body_that_is_too_large() -> None:
+    assert await read_json(b'{"path": "x"}', max_bytes=13) == Body("x")
+    with pytest.raises(Refusal, match="413: the body is larger than 12 bytes"):
+        await read_json(b'{"path": "x"}', max_bytes=12)
+
+
+async def test_a_body_that_is_deep_is_told_cut_off() -> None:
+    for depth in range(870, 1000):
+        nested = b"[" * depth + b"]" * depth
+        for content in (nested, b'{"path": %s}' % nested):
+            assert await problems(content)

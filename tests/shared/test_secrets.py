@@ -1,10 +1,12 @@
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_shared.secrets import masked
+from lmcache_shared.responses import plain
+from lmcache_shared.secrets import MAX_LOOKED_AT, masked, masked_within
 
 SHOWN = {
     "PATH": "/usr/bin:/bin",
@@ -90,3 +92,75 @@ def test_a_long_value_takes_linear_time(piece: str) -> None:
 
     seconds(1000)
     assert seconds(100_000) < 2  # 128 KiB is the longest variable of Linux; a quadratic rule takes minutes
+
+
+def test_what_is_too_long_to_be_read_is_masked() -> None:
+    assert masked({"X": "x" * MAX_LOOKED_AT}) == {"X": "x" * MAX_LOOKED_AT}
+    assert masked({"X": "x" * (MAX_LOOKED_AT + 1)}) == {"X": "***"}
+    assert masked_within({"X": ["x" * 1_000_000]}) == {"X": ["***"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ({"token": "x", "plain": "y"}, {"token": "***", "plain": "y"}),
+        ({"list": ["a", "Bearer abcdefgh12345678", {"api_key": "x"}]}, {"list": ["a", "***", {"api_key": "***"}]}),
+        ({"keys": ["a", "b"]}, {"keys": ["***", "***"]}),
+        ({"deep": {"er": [{"password": "x"}]}}, {"deep": {"er": [{"password": "***"}]}}),
+        ({"token": "", "secret": None, "auth": True}, {"token": "", "secret": None, "auth": True}),
+        ({"password": 123456, "db_pwd": 1.5}, {"password": "***", "db_pwd": "***"}),
+        ({"max_tokens": 512, "num_key_value_heads": 8, "eos_token_id": 128009}, None),
+        ({"token": 12345678901}, {"token": "***"}),
+        ({"seed": 12345678901, "port": 6379, "share": 0.25}, None),
+        ("password=x", "***"),
+        (7, 7),
+        ({}, {}),
+    ],
+)
+def test_within_what_json_holds(value: Any, shown: Any) -> None:
+    assert masked_within(value) == (value if shown is None else shown)
+
+
+def test_a_name_for_the_whole() -> None:
+    assert masked_within("x", "HF_TOKEN") == "***"
+    assert masked_within(["x"], "HF_TOKEN") == ["***"]
+
+
+def test_what_the_operator_names_is_masked_whatever_it_is() -> None:
+    values = {"badge": {"a": 1}, "corp_x": [1], "corp_flag": True, "corp_none": None, "corp_empty": "", "other": "x"}
+    assert masked_within({"in": values}, extra_names=["Badge", "corp_*"]) == {
+        "in": {
+            "badge": "***",
+            "corp_x": "***",
+            "corp_flag": "***",
+            "corp_none": None,
+            "corp_empty": "",
+            "other": "x",
+        }
+    }
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=20,
+    )
+)
+def test_what_is_masked_within_keeps_its_shape(value: Any) -> None:
+    def check(before: Any, after: Any) -> None:
+        if after == "***":
+            return
+        assert type(before) is type(after)
+        if isinstance(before, dict):
+            assert list(before) == list(after)
+            for name in before:
+                check(before[name], after[name])
+        elif isinstance(before, list):
+            for one, other in zip(before, after, strict=True):
+                check(one, other)
+        else:
+            assert before == after
+
+    before = plain(value)
+    check(before, masked_within(before))

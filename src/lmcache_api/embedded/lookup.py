@@ -52,8 +52,8 @@ class RemoteWorker:
         connection = _Connection(self.address, until)
         try:
             connection.request("POST", "/cache/lookup", body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            answer = response.read(MAX_ANSWER_BYTES)
+            with connection.getresponse() as response:  # which holds the socket beyond the connection's end
+                answer = response.read(MAX_ANSWER_BYTES)
             hit = json.loads(answer)["num_hit_tokens"] if response.status == 200 else None
         except (http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError) as error:
             raise OSError(f"{self.address}: no answer that can be used: {error}") from None

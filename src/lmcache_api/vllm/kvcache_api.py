@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from lmcache_api import checksums
-from lmcache_api.app import COMPONENT
+from lmcache_api.app import COMPONENT, call
 from lmcache_api.component import Engine, KVCaches
 from lmcache_api.operations import attempt, engine_of, on_engine
 from lmcache_shared.errors import Failure
@@ -43,7 +43,8 @@ async def check(request: web.Request) -> web.Response:
     if not query.slot_mapping:
         raise Failure(400, "Missing parameters", "slot_mapping parameter is required")
     settings = request.app[COMPONENT].settings
-    slots = checksums.parse_slots(query.slot_mapping, settings.internal_api_server_max_tokens)
+    read = functools.partial(checksums.parse_slots, query.slot_mapping, settings.internal_api_server_max_tokens)
+    slots = await call(request, read, "reading the slots")
     caches = _kv_caches(request)
     until = time.monotonic() + settings.internal_api_server_call_seconds
     work = functools.partial(
@@ -52,9 +53,10 @@ async def check(request: web.Request) -> web.Response:
     found = await attempt(request, work, "compute checksums")
     if found is None:
         raise _no_kv_caches()
+    ranges = await call(request, lambda: checksums.ranges_of(slots), "writing the slots")
     answer = {
         "status": "success",
-        "slot_mapping_ranges": checksums.ranges_of(slots),
+        "slot_mapping_ranges": ranges,
         "chunk_size": query.chunk_size,
         "num_chunks": found.chunks,
         "chunk_checksums": found.by_layer if query.layerwise and query.chunk_size else found.together,
