@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lmcache_api.component import Component
-from lmcache_api.embedded import EmbeddedComponent
+from lmcache_api.embedded import EmbeddedComponent, EmbeddedControllerComponent
 from lmcache_api.server import ComponentServer
 from lmcache_shared import config, program
 from lmcache_shared.errors import ConfigError
-from lmcache_shared.placement import MAX_WORKERS, SCHEDULER_INDEX, serves
+from lmcache_shared.placement import CONTROLLER_INDEX, MAX_WORKERS, SCHEDULER_INDEX, serves
 from lmcache_shared.settings import Settings
 from lmcache_shared.version import VERSION
 
@@ -25,7 +25,7 @@ PROGRAM = "lmcache-api"
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Serve the internal API of an LMCache scheduler and its workers, on ports or Unix sockets.",
+        description="Serve the internal API of an LMCache scheduler and its workers, or of a controller.",
         epilog="Settings come from the file, then the environment (LMCACHE_<KEY>), then the command line.",
     )
     parser.add_argument(
@@ -37,7 +37,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="lmcache.yaml; default: what LMCACHE_CONFIG_FILE names")
     parser.add_argument("--version", action="version", version=VERSION)
     parser.add_argument(
-        "--role", choices=("all", "scheduler", "worker"), default="all", help="what to serve (default: %(default)s)"
+        "--role",
+        choices=("all", "scheduler", "worker", "controller"),
+        default="all",
+        help="what to serve (default: %(default)s)",
     )
     parser.add_argument("--workers", metavar="N", type=int, default=1, help="number of workers (default: %(default)s)")
     parser.add_argument("--worker-id", metavar="I", type=int, help="serve this worker alone, with --role worker")
@@ -93,6 +96,14 @@ async def _lmcache(
     options: argparse.Namespace, overrides: Sequence[str], wanted: Sequence[int], stack: contextlib.AsyncExitStack
 ) -> Component:
     """LMCache's standalone engine, started, and stopped by `stack`: the one worker that is wanted."""
+    if options.role == "controller":
+        from lmcache_api.bridge.controller import StandaloneController
+
+        controller = await asyncio.to_thread(
+            StandaloneController, options.config, overrides, log_level=options.log_level
+        )
+        stack.push_async_callback(asyncio.to_thread, controller.stop)
+        return controller.component
     from lmcache_api.bridge.standalone import StandaloneEngine
 
     if options.role == "scheduler" or (options.workers != 1 and options.worker_id is None):
@@ -118,6 +129,8 @@ def _embedded(
     settings = config.load(options.config, overrides=overrides)
     if "internal_api_server_enabled" not in settings.given:
         settings = replace(settings, internal_api_server_enabled=True)  # run by hand, it is wanted
+    if options.role == "controller":
+        return [stack.enter_context(EmbeddedControllerComponent(settings))]
     world_size = max(options.workers, *wanted)
     workers = [
         stack.enter_context(EmbeddedComponent(settings, index, world_size=world_size))
@@ -141,7 +154,12 @@ def _indexes(options: argparse.Namespace) -> list[int]:
             raise ConfigError(f"--worker-id {options.worker_id}: expected 0 to {MAX_WORKERS - 1}")
         return [1 + options.worker_id]
     workers = [1 + worker for worker in range(options.workers)]
-    return {"scheduler": [SCHEDULER_INDEX], "worker": workers, "all": [SCHEDULER_INDEX, *workers]}[options.role]
+    return {
+        "controller": [CONTROLLER_INDEX],
+        "scheduler": [SCHEDULER_INDEX],
+        "worker": workers,
+        "all": [SCHEDULER_INDEX, *workers],
+    }[options.role]
 
 
 def _why_off(settings: Settings, wanted: Sequence[int]) -> str:

@@ -37,8 +37,8 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
 
     Args:
         component: what the handlers ask.
-        categories: the folders of endpoints to serve, all when `None`; route folders of the settings and
-            installed packages are served in any case.
+        categories: the folders of endpoints to serve, those of the component's role when `None`; route folders of
+            the settings and installed packages are served in any case.
 
     Raises:
         RouteError: a route module is broken, or two claim one route.
@@ -49,7 +49,9 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
     app[ENGINE_POOL] = BlockingPool(f"lmcache-api-{component.index}-engine")
     app[DIAGNOSTICS] = BlockingPool(f"lmcache-api-{component.index}-diagnostics", threads=1, waiting=16)
     app.cleanup_ctx.append(_close_pools)
-    packages = [f"lmcache_api.{category}" for category in (CATEGORIES if categories is None else categories)]
+    packages = [
+        f"lmcache_api.{category}" for category in (categories_of(component) if categories is None else categories)
+    ]
     folders = component.settings.internal_api_server_route_folders or []
     routes.add_routes(
         app,
@@ -60,6 +62,11 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
         ],
     )
     return app
+
+
+def categories_of(component: Component) -> Sequence[Category]:
+    """A controller has no engine, and serves the common endpoints and its own."""
+    return [category for category in CATEGORIES if component.role != "controller" or category != "vllm"]
 
 
 _without_slash = web.normalize_path_middleware(
@@ -82,5 +89,8 @@ async def call(
 
 async def _close_pools(app: web.Application) -> AsyncIterator[None]:
     yield
+    controller = app[COMPONENT].controller
+    if controller is not None:
+        await controller.close()
     for pool in (POOL, ENGINE_POOL, DIAGNOSTICS):
         app[pool].close()

@@ -241,15 +241,66 @@ class Inference(Protocol):
         """
 
 
+class Controller(Protocol):
+    """A cluster's controller: which workers there are, and operations on an instance's workers.
+
+    Awaited in the server's loop, which no call blocks. The answers' fields are LMCache's.
+
+    Raises:
+        ControllerError: an instance or worker is not registered, or the operation is not possible.
+    """
+
+    async def key_stats(self) -> Mapping[str, Any]: ...
+
+    async def workers(self, instance_id: str | None, worker_id: int | None) -> Mapping[str, Any]: ...
+
+    async def report(self, report: WorkerReport, caller: str | None) -> Mapping[str, Any]:
+        """A worker tells that it is there; `caller` is the address it calls from, `None` on a Unix socket."""
+
+    async def leave(self, instance_id: str, worker_id: int) -> None: ...
+
+    async def operate(self, operation: Operation) -> Mapping[str, Any]: ...
+
+    async def close(self) -> None:
+        """End what goes on; the server stops."""
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What a worker tells of itself; without a host it is where it calls from."""
+
+    instance_id: str
+    worker_id: int
+    port: str
+    key_count: int
+    host: str | None = None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An orchestration post: its name (`lookup`, `clear`, …) and its checked fields."""
+
+    name: str
+    fields: Mapping[str, Any]
+
+
+class ControllerError(OpsError):
+    """Why the controller does not do it, and the status that says so: 404 unknown, 501 not possible, 500 failed."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
 class Component(Protocol):
-    """One scheduler or worker. An ability that it lacks is `None`."""
+    """One scheduler, worker or controller. An ability that it lacks is `None`."""
 
     @property
     def role(self) -> Role: ...
 
     @property
     def index(self) -> int:
-        """0 for the scheduler, 1 + n for worker n: the offset of its port."""
+        """0 for the scheduler, 1 + n for worker n: the offset of its port; -1 for a controller."""
 
     @property
     def settings(self) -> Settings: ...
@@ -278,6 +329,9 @@ class Component(Protocol):
 
     @property
     def configuration(self) -> Configuration: ...
+
+    @property
+    def controller(self) -> Controller | None: ...
 
     @property
     def inference(self) -> Inference | None: ...

@@ -2,7 +2,8 @@
 
 LMCache's rule: the scheduler has index 0 and worker n has index 1 + n; a component's port is
 `internal_api_server_port_start` plus its index; with a socket prefix it listens on `<prefix>_<port>` and on no port;
-the include list names the indexes that serve.
+the include list names the indexes that serve. The controller stands beside them: it has no index in that list and a
+port of its own, `controller_port`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from lmcache_shared.address import Address, TcpAddress, tcp_address, unix_addres
 from lmcache_shared.errors import AddressError, ConfigError
 from lmcache_shared.settings import Settings
 
-Role = Literal["scheduler", "worker"]
+Role = Literal["scheduler", "worker", "controller"]
 
+CONTROLLER_INDEX = -1
 SCHEDULER_INDEX = 0
 DEFAULT_INSTANCE = "lmcache"
 
@@ -47,19 +49,26 @@ def place(settings: Settings, index: int) -> Placement:
         ConfigError: the settings give it no usable address.
     """
     instance = settings.lmcache_instance_id or DEFAULT_INSTANCE
-    role: Role = "scheduler" if index == SCHEDULER_INDEX else "worker"
-    name = f"{instance}_scheduler" if index == SCHEDULER_INDEX else f"{instance}_worker{index - 1}"
+    role = role_of(index)
+    name = f"{instance}_{role}{index - 1}" if role == "worker" else f"{instance}_{role}"
     return Placement(name, role, index, _address(settings, index))
 
 
+def role_of(index: int) -> Role:
+    if index == CONTROLLER_INDEX:
+        return "controller"
+    return "scheduler" if index == SCHEDULER_INDEX else "worker"
+
+
 def serves(settings: Settings, index: int) -> bool:
-    """Whether the include list lets the component with this index serve."""
+    """Whether the include list lets the component with this index serve; it says nothing of a controller."""
     included = settings.internal_api_server_include_index_list
-    return not included or index in included
+    return not included or index in included or index == CONTROLLER_INDEX
 
 
 def _address(settings: Settings, index: int) -> Address:
-    port = settings.internal_api_server_port_start + index
+    is_controller = index == CONTROLLER_INDEX
+    port = settings.controller_port if is_controller else settings.internal_api_server_port_start + index
     prefix = settings.internal_api_server_socket_path_prefix
     try:
         if prefix:

@@ -32,6 +32,10 @@ T = TypeVar("T")
 MAX_BODY_BYTES = 1 << 20
 """Largest body that is read, unless an endpoint says otherwise."""
 
+MAX_SHOWN_BODY = 1 << 16
+"""The largest body of which a refusal sends something back."""
+
+MAX_PROBLEMS = 16
 MAX_INTEGER = 1 << 63
 MAX_NUMBER_DIGITS = 40
 """Longest text that is tried as a number; a longer one is refused as no number."""
@@ -96,18 +100,41 @@ async def parse_body(request: web.Request, model: Callable[..., T], *, max_bytes
     problems: list[dict[str, object]] = []
     values: dict[str, Any] = {}
     for name, kind, required in _fields(model):
-        if name not in content:
-            if required:
-                problems.append(_problem("missing", name, "Field required", content, "body"))
-            continue
-        value = content[name]
-        problem_type, message = _wrong_type(kind, value, optional=name in _optional(model))
-        if problem_type:
-            problems.append(_problem(problem_type, name, message, value, "body"))
-        values[name] = int(value) if kind is int and value is not None and not problem_type else value
+        if name in content:
+            is_optional = name in _optional(model)
+            values[name] = _checked(kind, content[name], ["body", name], problems, optional=is_optional)
+        elif required:
+            problems.append(_problem("missing", name, "Field required", content, "body"))
     if problems:
-        raise Refusal(422, problems)
+        raise Refusal(422, problems if len(body) <= MAX_SHOWN_BODY else [_without_input(it) for it in problems])
     return model(**values)
+
+
+def _checked(kind: Any, value: Any, where: list[Any], problems: list[dict[str, object]], *, optional: bool) -> Any:
+    """`value` as the field takes it; what is wrong with it goes into `problems`, of a list's items the first few."""
+    if typing.get_origin(kind) is list:
+        if value is None and optional:
+            return None
+        if not isinstance(value, list):
+            problems.append({"type": "list_type", "loc": where, "msg": "Input should be a valid list", "input": value})
+            return None
+        (item_kind,) = typing.get_args(kind)
+        checked = []
+        for number, item in enumerate(value):
+            if len(problems) >= MAX_PROBLEMS:
+                break
+            checked.append(_checked(item_kind, item, [*where, number], problems, optional=False))
+        return checked
+    problem_type, message = _wrong_type(kind, value, optional=optional)
+    if problem_type:
+        problems.append({"type": problem_type, "loc": where, "msg": message, "input": plain(value)})
+        return None
+    return int(value) if kind is int and value is not None else value
+
+
+def _without_input(problem: dict[str, object]) -> dict[str, object]:
+    """Of a large body nothing is sent back."""
+    return {key: value for key, value in problem.items() if key != "input"}
 
 
 def _wrong_type(kind: type, value: object, *, optional: bool) -> tuple[str, str]:
@@ -184,7 +211,9 @@ def _fields(model: Any) -> tuple[tuple[str, type, bool], ...]:
         kind = hints[field.name]
         if typing.get_origin(kind) in (typing.Union, types.UnionType):
             (kind,) = (k for k in typing.get_args(kind) if k is not type(None))
-        if kind not in (str, int, bool):
-            raise TypeError(f"{model.__name__}.{field.name}: a query parameter is a str, int or bool, not {kind}")
+        if kind not in (str, int, bool) and kind not in (list[int], list[str]):
+            raise TypeError(
+                f"{model.__name__}.{field.name}: a field is a str, int, bool, or a list of them, not {kind}"
+            )
         found.append((field.name, kind, field.default is dataclasses.MISSING))
     return tuple(found)

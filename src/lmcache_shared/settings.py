@@ -192,6 +192,28 @@ class Settings:
         section=EXTRA, minimum=0, maximum=100, mutable=True,
     )  # fmt: skip
 
+    enable_controller: bool = engine_setting(False, "Register the workers with the controller.")
+    controller_port: int = setting(
+        9000, "The controller's port; with a socket prefix it listens on the Unix socket `<prefix>_<port>`.",
+        section=EXTRA, minimum=1, maximum=65535,
+    )  # fmt: skip
+    controller_address: str | None = setting(
+        None, "Where embedded workers find the controller: `host:port` or the path of a Unix socket; unset: where these"
+        " settings put it.", section=EXTRA,
+    )  # fmt: skip
+    controller_worker_seconds: float = setting(
+        10.0, "The controller forgets a worker that has not reported for so long; they report three times as often.",
+        section=EXTRA, minimum=0.1, maximum=3600,
+    )  # fmt: skip
+    controller_answer_seconds: float = setting(
+        5.0, "How long an operation of the controller waits for the workers before it answers with those that are"
+        " done.", section=EXTRA, minimum=0.01, maximum=3600,
+    )  # fmt: skip
+    controller_operation_seconds: float = setting(
+        60.0, "How long it goes on waiting for the others, as an event that `/check_finish` follows.", section=EXTRA,
+        minimum=0.01, maximum=3600,
+    )  # fmt: skip
+
     unknown: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the sources hold beyond this table, as it was found: LMCache's other settings."""
 

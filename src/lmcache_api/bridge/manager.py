@@ -19,7 +19,7 @@ from lmcache_api.bridge.abilities import ability
 from lmcache_api.bridge.configuration import HostConfiguration
 from lmcache_api.bridge.engine import ManagerEngine, TensorKVCaches
 from lmcache_api.bridge.lookup import ManagerLookup, ManagerLookupClient
-from lmcache_api.component import Component, PeriodicThreadStatus, Version
+from lmcache_api.component import Component, Controller, PeriodicThreadStatus, Version
 from lmcache_api.exposition import Exposition
 from lmcache_shared.config import attributes_of, from_object
 from lmcache_shared.errors import ConfigError, Refusal
@@ -55,6 +55,7 @@ class ManagerComponent:
         self.index = SCHEDULER_INDEX if engine is None else 1 + _worker_id(engine)
         self.role: Role = "scheduler" if self.index == SCHEDULER_INDEX else "worker"
         self.metrics = HostMetrics()
+        self.controller: Controller | None = None
         self.configuration = HostConfiguration(config)
         self.inference = ManagerInference(manager)
         self.lookup = ManagerLookup(manager, self.role)
@@ -78,10 +79,7 @@ class ManagerComponent:
 
     @property
     def version(self) -> Version:
-        utils = sys.modules.get("lmcache.utils")
-        number, commit = (str(getattr(utils, name, "unknown")) for name in ("VERSION", "COMMIT_ID"))
-        whole = getattr(utils, "get_version", None)
-        return Version(number, commit, str(whole()) if whole is not None else number)
+        return host_version()
 
     def metadata(self) -> Mapping[str, Any] | None:
         """What LMCache tells: every public attribute that is no method; torch's types as texts."""
@@ -93,10 +91,23 @@ class ManagerComponent:
         return {name: _plain(value) for name, value in values.items() if not callable(value)}
 
     def periodic_threads(self) -> Sequence[PeriodicThreadStatus]:
-        module = sys.modules.get("lmcache.v1.periodic_thread")
-        if module is None:
-            return []
-        return [thread.get_status() for thread in module.PeriodicThreadRegistry.get_instance().get_all()]
+        return host_periodic_threads()
+
+
+def host_version() -> Version:
+    """The version of the LMCache that the host has loaded."""
+    utils = sys.modules.get("lmcache.utils")
+    number, commit = (str(getattr(utils, name, "unknown")) for name in ("VERSION", "COMMIT_ID"))
+    whole = getattr(utils, "get_version", None)
+    return Version(number, commit, str(whole()) if whole is not None else number)
+
+
+def host_periodic_threads() -> Sequence[PeriodicThreadStatus]:
+    """The periodic threads of that LMCache."""
+    module = sys.modules.get("lmcache.v1.periodic_thread")
+    if module is None:
+        return []
+    return [thread.get_status() for thread in module.PeriodicThreadRegistry.get_instance().get_all()]
 
 
 class HostSettings:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
-from lmcache_api.component import Component, KVCaches, Lookup, PeriodicThreadStatus, Unavailable, Version
+from lmcache_api.component import Component, Controller, KVCaches, Lookup, PeriodicThreadStatus, Unavailable, Version
 from lmcache_api.embedded.configuration import EmbeddedConfiguration
 from lmcache_api.embedded.disk import DiskError
 from lmcache_api.embedded.engine import EmbeddedEngine
@@ -18,9 +18,10 @@ from lmcache_api.embedded.lookup import EmbeddedLookupClient, RemoteWorker, Sche
 from lmcache_api.embedded.metrics import EmbeddedMetrics, of_threads
 from lmcache_api.embedded.periodic_threads import PeriodicThread
 from lmcache_api.embedded.pins import PinMonitor
+from lmcache_api.embedded.reporter import REPORTS_A_TIMEOUT, ControllerReporter, controller_address
 from lmcache_api.embedded.statistics import NO_STATISTICS
 from lmcache_shared.errors import ConfigError
-from lmcache_shared.placement import SCHEDULER_INDEX, Role, place
+from lmcache_shared.placement import DEFAULT_INSTANCE, SCHEDULER_INDEX, Role, place
 from lmcache_shared.settings import Settings
 from lmcache_shared.version import VERSION
 
@@ -37,6 +38,8 @@ class EmbeddedComponent:
     Raises:
         ConfigError: the settings ask for an engine that cannot be made.
     """
+
+    controller: Controller | None = None
 
     def __init__(
         self,
@@ -145,7 +148,19 @@ class EmbeddedComponent:
         except DiskError as error:
             raise ConfigError(f"local_disk: {error}") from None
         self.metrics.refresh_with(self.engine.gauges)
+        if self.settings.enable_controller:
+            self._threads.append(self._make_reporter(self.engine))
         self._threads.append(PinMonitor(self.engine, interval=self.settings.pin_check_interval_sec))
+
+    def _make_reporter(self, engine: EmbeddedEngine) -> ControllerReporter:
+        return ControllerReporter(
+            controller_address(self.settings),
+            instance_id=self.settings.lmcache_instance_id or DEFAULT_INSTANCE,
+            worker_id=self.worker_id,
+            address=place(self.settings, self.index).address,
+            engine=engine,
+            interval=self.settings.controller_worker_seconds / REPORTS_A_TIMEOUT,
+        )
 
     def _make_lookup(self, workers: Sequence[EmbeddedComponent]) -> SchedulerLookup:
         here = {worker.worker_id: worker.engine for worker in workers if worker.engine is not None}

@@ -214,6 +214,12 @@ class EmbeddedEngine:
     def close(self) -> None:
         self.backends.close_all()
 
+    @property
+    def chunks(self) -> int:
+        """How many it holds, each backend's counted."""
+        backends = (self.backends.cpu, self.backends.disk)
+        return sum(backend.chunks for backend in backends if backend is not None)
+
     def gauges(self) -> dict[str, float]:
         """The present, by the names of LMCache's gauges."""
         cpu, files = self.backends.cpu, self.backends.disk

@@ -5,10 +5,7 @@ A worker of the same process is asked directly, another one over its internal AP
 
 from __future__ import annotations
 
-import http.client
-import json
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from lmcache_api.component import Unavailable
+from lmcache_api.embedded.calls import ask
 from lmcache_api.embedded.keys import ChunkKeys
 from lmcache_api.embedded.statistics import EmbeddedChunkStatistics
-from lmcache_shared.address import Address, TcpAddress
+from lmcache_shared.address import Address
 from lmcache_shared.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-MAX_ANSWER_BYTES = 1 << 20
 MAX_ASKED_AT_ONCE = 8
 NO_CLIENT = "None"
 
@@ -47,70 +44,12 @@ class RemoteWorker:
         self._settings = settings
 
     def hit_tokens(self, tokens: Sequence[int]) -> int:
-        until = time.monotonic() + self._settings().lookup_timeout_ms / 1000
-        body = json.dumps({"tokens": list(tokens)}, separators=(",", ":"))
-        connection = _Connection(self.address, until)
-        try:
-            connection.request("POST", "/cache/lookup", body, {"Content-Type": "application/json"})
-            with connection.getresponse() as response:  # which holds the socket beyond the connection's end
-                answer = response.read(MAX_ANSWER_BYTES)
-            hit = json.loads(answer)["num_hit_tokens"] if response.status == 200 else None
-        except (http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise OSError(f"{self.address}: no answer that can be used: {error}") from None
-        finally:
-            connection.close()
-        if response.status != 200:
-            raise OSError(f"{self.address}: it answers {response.status}")
+        seconds = self._settings().lookup_timeout_ms / 1000
+        answer = ask(self.address, "POST", "/cache/lookup", {"tokens": list(tokens)}, seconds=seconds)
+        hit = answer.get("num_hit_tokens")
         if type(hit) is not int or not 0 <= hit <= len(tokens):
             raise OSError(f"{self.address}: no answer that can be used: num_hit_tokens is not from 0 to {len(tokens)}")
         return hit
-
-
-class _Connection(http.client.HTTPConnection):
-    """All of connecting, asking and answering ends at `until`, by the monotonic clock."""
-
-    def __init__(self, address: Address, until: float) -> None:
-        host, port = (address.host, address.port) if isinstance(address, TcpAddress) else ("localhost", 80)
-        super().__init__(host, port, timeout=_left(until))
-        self._address = address
-        self._until = until
-
-    def connect(self) -> None:
-        if isinstance(self._address, TcpAddress):
-            super().connect()
-            self.sock = _Socket(self._until, fileno=self.sock.detach())
-            return
-        self.sock = _Socket(self._until, family=socket.AF_UNIX)
-        self.sock.settimeout(_left(self._until))
-        self.sock.connect(self._address.path)
-
-
-class _Socket(socket.socket):
-    """A socket's timeout is that of one piece; here all pieces together have until `until`."""
-
-    def __init__(self, until: float, *, family: int = -1, fileno: int | None = None) -> None:
-        super().__init__(family, fileno=fileno)
-        self._until = until
-
-    def sendall(self, *data: Any) -> None:
-        self.settimeout(_left(self._until))
-        super().sendall(*data)
-
-    def recv_into(self, *into: Any) -> int:
-        self.settimeout(_left(self._until))
-        return super().recv_into(*into)
-
-
-def _left(until: float) -> float:
-    """The seconds until then.
-
-    Raises:
-        OSError: it has come.
-    """
-    left = until - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("timed out")
-    return left
 
 
 class EmbeddedLookupClient:

@@ -7,6 +7,7 @@ a LMCache that is not configured for them: dashboards and alerts find what they 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import (
@@ -130,21 +131,44 @@ _HISTOGRAMS: Mapping[str, tuple[str, Sequence[float]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Families:
+    """The families of a kind of component: each one's help by its name, of histograms the bounds too."""
+
+    counters: Mapping[str, str]
+    gauges: Mapping[str, str]
+    histograms: Mapping[str, tuple[str, Sequence[float]]]
+
+
+ENGINE_FAMILIES = Families(_COUNTERS, _GAUGES, _HISTOGRAMS)
+CONTROLLER_FAMILIES = Families(
+    {},
+    {
+        "cache_controller_kv_pool_keys_count": "Number of keys that the registered workers hold",
+        "cache_controller_registered_workers_count": "Number of registered workers",
+        **{name: text for name, text in _GAUGES.items() if name.startswith(("periodic_threads_", "lmcache_is_"))},
+    },
+    {},
+)
+
+
 class EmbeddedMetrics:
     """A registry that only this component writes to; `registry` is open to what an endpoint wants to count."""
 
-    def __init__(self, labels: Mapping[str, str]) -> None:
+    def __init__(self, labels: Mapping[str, str], families: Families = ENGINE_FAMILIES) -> None:
         self.registry = CollectorRegistry()
         GCCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         ProcessCollector(registry=self.registry)
         names = list(labels)
         make: Mapping[str, Any] = {"labelnames": names, "registry": self.registry}
-        self._counters = {n: Counter(PREFIX + n, text, **make).labels(**labels) for n, text in _COUNTERS.items()}
-        self._gauges = {n: Gauge(PREFIX + n, text, **make).labels(**labels) for n, text in _GAUGES.items()}
+        self._counters = {
+            n: Counter(PREFIX + n, text, **make).labels(**labels) for n, text in families.counters.items()
+        }
+        self._gauges = {n: Gauge(PREFIX + n, text, **make).labels(**labels) for n, text in families.gauges.items()}
         self._histograms = {
             name: Histogram(PREFIX + name, text, buckets=bounds, **make).labels(**labels)
-            for name, (text, bounds) in _HISTOGRAMS.items()
+            for name, (text, bounds) in families.histograms.items()
         }
         self._exposition = Exposition(self.registry)
         self._refreshers: list[Callable[[], Mapping[str, float]]] = []

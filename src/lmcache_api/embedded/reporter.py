@@ -1,0 +1,85 @@
+"""A worker's reports to the embedded controller: that it is there, where, and how many chunks it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import urllib.parse
+from typing import Any
+
+from lmcache_api.embedded.calls import ask
+from lmcache_api.embedded.engine import EmbeddedEngine
+from lmcache_api.embedded.periodic_threads import PeriodicThread
+from lmcache_shared.address import Address, TcpAddress, parse
+from lmcache_shared.errors import AddressError, ConfigError
+from lmcache_shared.placement import CONTROLLER_INDEX, place
+from lmcache_shared.settings import Settings
+
+REPORTS_A_TIMEOUT = 3
+REPORT_SECONDS = 3.0
+LEAVE_SECONDS = 0.5
+ANY_HOST = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+
+
+def controller_address(settings: Settings) -> Address:
+    """Where the controller of these settings serves.
+
+    Raises:
+        ConfigError: `controller_address` is no address.
+    """
+    text = settings.controller_address
+    if text is None:
+        address = place(settings, CONTROLLER_INDEX).address
+        is_any = isinstance(address, TcpAddress) and address.host in ANY_HOST
+        return TcpAddress("127.0.0.1", settings.controller_port) if is_any else address
+    try:
+        return parse(text)
+    except AddressError as error:
+        raise ConfigError(f"controller_address: {error}") from None
+
+
+class ControllerReporter(PeriodicThread):
+    """Reports at an interval; what goes wrong is a failed run, and the next one tries again.
+
+    Args:
+        controller: where it is.
+        instance_id: the worker's deployment.
+        worker_id: its number.
+        address: where it is asked.
+        engine: whose chunks are counted.
+        interval: seconds between two reports.
+    """
+
+    def __init__(
+        self,
+        controller: Address,
+        *,
+        instance_id: str,
+        worker_id: int,
+        address: Address,
+        engine: EmbeddedEngine,
+        interval: float,
+    ) -> None:
+        super().__init__("controller-reporter-thread", interval=interval, level="high")
+        self._controller = controller
+        self._engine = engine
+        self._worker: dict[str, Any] = {"instance_id": instance_id, "worker_id": worker_id}
+        self._where: dict[str, Any]
+        if not isinstance(address, TcpAddress):
+            self._where = {"port": address.path}
+        elif address.host in ANY_HOST:  # the controller sees where it is called from
+            self._where = {"port": str(address.port)}
+        else:
+            self._where = {"host": address.host, "port": str(address.port)}
+
+    def run_once(self) -> tuple[str, dict[str, str]]:
+        keys = self._engine.chunks
+        report = {**self._worker, **self._where, "key_count": keys}
+        ask(self._controller, "POST", "/controller/workers", report, seconds=REPORT_SECONDS)
+        return f"Reported {keys} keys to {self._controller}", {"key_count": str(keys)}
+
+    def stop(self) -> None:
+        """End, and tell the controller, which otherwise forgets this worker by itself."""
+        super().stop()
+        with contextlib.suppress(OSError):
+            query = urllib.parse.urlencode(self._worker)
+            ask(self._controller, "DELETE", f"/controller/workers?{query}", seconds=LEAVE_SECONDS)
