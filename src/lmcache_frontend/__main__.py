@@ -7,12 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lmcache_frontend.options import read_options
-from lmcache_frontend.server import FrontendServer
+from lmcache_frontend.options import PROGRAM, read_options
+from lmcache_frontend.server import serve
 from lmcache_shared import program
 from lmcache_shared.errors import START_FAILED, ConfigError
-
-PROGRAM = "lmcache-frontend"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,14 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return START_FAILED
     program.configure_logging(options.log_level)
 
-    async def serve(stop: asyncio.Event) -> None:
-        async with FrontendServer(options) as server:
-            count = sum(1 for _ in server.registry.nodes())
-            program.say(f"frontend serves on http://{server.address} ({count} nodes)")
-            await stop.wait()
-            program.say("stopping")
+    async def run(stop: asyncio.Event) -> None:
+        await serve(options, stop)
 
-    return program.run(PROGRAM, serve)
+    return program.run(PROGRAM, run)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Every option of the frontend, once: name, type, default, limits and help.
 
-The command line (`--socket-prefix`), the environment (`LMCACHE_FRONTEND_SOCKET_PREFIX`) and `docs/frontend.md` come
-from here.
+The command line (`--socket-prefix`), the environment (`LMCACHE_FRONTEND_SOCKET_PREFIX`), LMCache's configuration
+(`plugin.frontend.socket_prefix`) and `docs/frontend.md` come from here.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from yarl import URL
+
+from lmcache_frontend import plugins
+from lmcache_shared.address import tcp_address
 from lmcache_shared.config import convert
-from lmcache_shared.errors import ConfigError
+from lmcache_shared.errors import AddressError, ConfigError
 from lmcache_shared.program import LOG_LEVELS
-from lmcache_shared.settings import definitions_of, setting
+from lmcache_shared.settings import Definition, definitions_of, setting
 from lmcache_shared.version import VERSION
 
+PROGRAM = "lmcache-frontend"
 ENV_PREFIX = "LMCACHE_FRONTEND_"
 
 
@@ -34,27 +39,68 @@ class Options:
     )
     route_folder: list[str] | None = setting(None, "Folders whose *_api.py and *_page.py files are served too.")
     log_level: str = setting("warning", "How much to log: critical, error, warning, info, debug, trace.")
+    heartbeat_url: str | None = setting(None, "Report this frontend to the discovery service at this URL.")
+    heartbeat_initial_delay: float = setting(
+        0.0, "How many seconds to wait before the first heartbeat.", minimum=0, maximum=86400
+    )
+    heartbeat_interval: float = setting(30.0, "How many seconds lie between two.", minimum=1, maximum=86400)
+    report_host: str | None = setting(
+        None, "The host to report; without one this machine's address on the way to the service."
+    )
+    no_http: bool = setting(False, "Send heartbeats and serve nothing.")
 
 
 DEFINITIONS = definitions_of(Options)
 
 
+class Given(NamedTuple):
+    """What a source says of an option, not yet checked, and where it stands there."""
+
+    value: object
+    place: str
+
+
+def flag_of(name: str) -> str:
+    """The option of the command line."""
+    return "--" + name.replace("_", "-")
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lmcache-frontend", description="The dashboard of an LMCache cluster, and an HTTP proxy to its components."
+        prog=PROGRAM, description="The dashboard of an LMCache cluster, and an HTTP proxy to its components."
     )
     parser.add_argument("--version", action="version", version=VERSION)
+    parser.add_argument("--print-plugin-path", action=_PrintPluginPath, help="print the paths of LMCache's plugins")
     for definition in DEFINITIONS.values():
-        flag = "--" + definition.name.replace("_", "-")
-        many = "list" in str(definition.kind)
-        default = "" if definition.default is None else f" (default: {definition.default})"
+        default = "" if definition.default is None else f" (default: {_spelled(definition.default)})"
         parser.add_argument(
-            flag,
-            action="append" if many else "store",
+            flag_of(definition.name),
             metavar=_metavar(definition.name),
             help=f"{definition.help} Environment: {ENV_PREFIX}{definition.name.upper()}{default}",
+            **_action(definition),
         )
     return parser
+
+
+class _PrintPluginPath(argparse.Action):
+    """As `--version`, but a path stays in one line."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(*plugins.FILES, sep="\n")
+        parser.exit()
+
+
+def _action(definition: Definition) -> dict[str, Any]:
+    if definition.kind is bool:
+        return {"nargs": "?", "const": "true"}  # `--no-http`, and `--no-http false` where a variable says otherwise
+    return {"action": "append" if "list" in str(definition.kind) else "store"}
+
+
+def _spelled(default: object) -> str:
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def _metavar(name: str) -> str:
@@ -68,18 +114,60 @@ def read_options(arguments: Sequence[str] | None, environ: Mapping[str, str]) ->
         ConfigError: a value is not what its option takes.
     """
     given = vars(parser().parse_args(arguments))
-    values: dict[str, Any] = {}
-    for name, definition in DEFINITIONS.items():
+    line = {name: Given(given[name], flag_of(name)) for name in DEFINITIONS if given[name] is not None}
+    return make_options({**of_environment(environ), **line})
+
+
+def of_environment(environ: Mapping[str, str]) -> dict[str, Given]:
+    """What the environment says."""
+    found = {}
+    for name in DEFINITIONS:
         variable = ENV_PREFIX + name.upper()
-        if given[name] is not None:
-            values[name] = convert(given[name], definition, "--" + name.replace("_", "-"))
-        elif variable in environ and not environ[variable].startswith("tcp://"):
-            # Kubernetes sets such a value for every Service of this name
-            values[name] = convert(environ[variable], definition, f"environment: {variable}")
-    options = Options(**values)
+        # Kubernetes sets a value such as tcp://10.0.0.1:80 for every Service of this name
+        if variable in environ and not environ[variable].startswith("tcp://"):
+            found[name] = Given(environ[variable], f"environment: {variable}")
+    return found
+
+
+def make_options(found: Mapping[str, Given]) -> Options:
+    """Options from what the sources say, checked.
+
+    Raises:
+        ConfigError: a value is not what its option takes; the text names its place.
+    """
+    options = Options(**{name: convert(*_checkable(name, given)) for name, given in found.items()})
     options = replace(options, log_level=options.log_level.lower())
+
+    def refuse(name: str, problem: str) -> ConfigError:
+        place = found[name].place if name in found else flag_of(name)
+        return ConfigError(f"{place}{'' if place == flag_of(name) else ':'} {problem}")
+
     if options.log_level not in LOG_LEVELS:
-        raise ConfigError(f"--log-level {options.log_level}: expected one of {', '.join(LOG_LEVELS)}")
+        raise refuse("log_level", f"{options.log_level}: expected one of {', '.join(LOG_LEVELS)}")
     if options.socket_prefix is not None and not options.socket_prefix.startswith("/"):
-        raise ConfigError(f"--socket-prefix {options.socket_prefix}: the path of a Unix socket starts with /")
+        raise refuse("socket_prefix", f"{options.socket_prefix}: the path of a Unix socket starts with /")
+    if options.heartbeat_url is not None and (problem := _no_url(options.heartbeat_url)):
+        raise refuse("heartbeat_url", problem)
+    if options.report_host is not None:
+        try:
+            tcp_address(options.report_host, options.port)
+        except AddressError as error:
+            raise refuse("report_host", str(error)) from None
+    if options.no_http and options.heartbeat_url is None:
+        raise refuse("no_http", "without a heartbeat URL there is nothing to do; give --heartbeat-url too")
     return options
+
+
+def _checkable(name: str, given: Given) -> tuple[object, Definition, str]:
+    return given.value, DEFINITIONS[name], given.place
+
+
+def _no_url(text: str) -> str | None:
+    """Why heartbeats cannot go to this URL. It may hold a password, so it is not repeated."""
+    try:
+        url = URL(text)
+    except ValueError:
+        return "expected a URL such as http://host:port/path"
+    if url.scheme not in ("http", "https") or not url.host:
+        return "expected a URL that begins with http:// or https:// and a host"
+    return None

@@ -1,18 +1,22 @@
-"""The frontend as a running server."""
+"""The frontend as a running server, or, without HTTP, as heartbeats alone."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
 from lmcache_frontend.app import create_app
+from lmcache_frontend.discovery.heartbeat import HEARTBEAT, Heartbeat
 from lmcache_frontend.nodes.node import Node, Proxy, read_list
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options
 from lmcache_shared.address import TcpAddress, tcp_address
 from lmcache_shared.errors import ConfigError
 from lmcache_shared.listen import make_runner, make_site
+from lmcache_shared.program import say
 
 logger = logging.getLogger(__name__)
 
@@ -28,22 +32,30 @@ class FrontendServer:
         async with FrontendServer(Options(port=8080)) as server:
             print(server.address)
 
+    Args:
+        options: its options.
+        nodes: nodes beside those of the options.
+
     Raises:
         ConfigError: an option or a list of nodes cannot be used.
         RouteError: a route module is broken, or two claim one route.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, nodes: Iterable[Node | Proxy] = ()) -> None:
         self.address: TcpAddress = tcp_address(options.host, options.port)
-        self.registry = Registry(read_nodes(options), host=options.host, port=options.port)
+        self.registry = _registry(options, nodes)
+        self.heartbeat = _heartbeat(options, self.registry)
+        self._options = options
+        app = create_app(options, self.registry)
+        app[HEARTBEAT] = self.heartbeat
         self._runner = make_runner(
-            create_app(options, self.registry),
+            app,
             drain_seconds=DRAIN_SECONDS,
             access_log=logger if logger.isEnabledFor(logging.INFO) else None,
         )
 
     async def start(self) -> None:
-        """Listen.
+        """Listen, and send heartbeats if the options say where.
 
         Raises:
             AddressInUse: somebody serves there already.
@@ -55,9 +67,11 @@ class FrontendServer:
         except BaseException:
             await self._runner.cleanup()
             raise
+        _start(self.heartbeat, self._options)
 
     async def stop(self) -> None:
         """Take no more connections, let requests in flight end within the drain time, close every client."""
+        await self.heartbeat.stop()
         await self._runner.cleanup()
 
     async def __aenter__(self) -> FrontendServer:
@@ -68,6 +82,45 @@ class FrontendServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
+
+
+async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Proxy] = ()) -> None:
+    """Serve until `stop` is set, or with `no_http` send heartbeats until then.
+
+    Raises:
+        StartError: as `FrontendServer` and its `start`.
+    """
+    if not options.no_http:
+        async with FrontendServer(options, nodes) as server:
+            count = sum(1 for _ in server.registry.nodes())
+            say(f"frontend serves on http://{server.address} ({count} nodes)")
+            await stop.wait()
+            say("stopping")
+        return
+    registry = _registry(options, nodes)
+    heartbeat = _heartbeat(options, registry)
+    _start(heartbeat, options)
+    say(f"frontend sends heartbeats and serves nothing ({sum(1 for _ in registry.nodes())} nodes)")
+    await stop.wait()
+    say("stopping")
+    await heartbeat.stop()
+
+
+def _registry(options: Options, nodes: Iterable[Node | Proxy]) -> Registry:
+    return Registry([*nodes, *read_nodes(options)], host=options.host, port=options.port)
+
+
+def _heartbeat(options: Options, registry: Registry) -> Heartbeat:
+    return Heartbeat(registry, port=options.port, report_host=options.report_host)
+
+
+def _start(heartbeat: Heartbeat, options: Options) -> None:
+    if options.heartbeat_url is not None:
+        heartbeat.start(
+            options.heartbeat_url,
+            initial_delay=options.heartbeat_initial_delay,
+            interval=options.heartbeat_interval,
+        )
 
 
 def read_nodes(options: Options) -> list[Node | Proxy]:

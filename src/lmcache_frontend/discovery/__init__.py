@@ -1,0 +1,1 @@
+"""How frontends and discovery services find each other."""
