@@ -10,7 +10,7 @@ CONFIG ?= config/lmcache.yaml
 BIN := $(VENV)/bin
 SOURCES := src tests tools benchmarks hatch_build.py
 .DEFAULT_GOAL := help
-.PHONY: help run test test-lmcache lint format docs bench wheel clean
+.PHONY: help run test test-lmcache test-vllm lint format docs bench wheel clean
 
 help:  ## show this
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,12 +18,15 @@ help:  ## show this
 run: $(VENV)/.run  ## start a local cluster and its dashboard (PORT=8080 WORKERS=2 LOAD=2 HOST=127.0.0.1); Ctrl-C stops it
 	@$(BIN)/python tools/local_cluster.py --config $(CONFIG) --workers $(WORKERS) --load $(LOAD) --host $(HOST) --port $(PORT)
 
-test: $(VENV)/.test  ## run all tests but those that need a real LMCache (ARGS="-k proxy")
+test: $(VENV)/.test  ## run all tests but those that need a real LMCache or vLLM (ARGS="-k proxy")
 	@tools/ensure_chromium.sh
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-lmcache: $(VENV)/.test  ## install the real LMCache beside the project (cached) and test against it
 	@LMCACHE_PYTHON=$$(tools/install_lmcache.sh $(PYTHON)) && export LMCACHE_PYTHON && $(BIN)/python -m pytest -m lmcache $(ARGS)
+
+test-vllm: $(VENV)/.test  ## install vLLM's CPU build and LMCache beside the project (cached) and test inside them
+	@VLLM_PYTHON=$$(tools/install_vllm.sh $(PYTHON)) && export VLLM_PYTHON && $(BIN)/python -m pytest -m vllm $(ARGS)
 
 lint: $(VENV)/.lint  ## check format, lint, types and layers
 	@$(BIN)/ruff format --check $(SOURCES)

@@ -157,6 +157,11 @@ class ManagerInference:
         return dict(ability(self._manager, "get_inference_info")())
 
     def version(self) -> str:
+        """LMCache's manager passes on what its connector tells, but not the version, which is in there."""
+        if getattr(self._manager, "get_inference_version", None) is None:
+            told: Mapping[str, Any] = getattr(self._manager, "get_inference_info", dict)() or {}
+            if version := told.get("vllm_version"):
+                return str(version)
         return str(ability(self._manager, "get_inference_version")())
 
 
