@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from lmcache_api.pytest_plugin import free_port
 from tests.e2e.processes import ROOT, environment, read_until
+from tests.frontend.installation import (
+    MULTIPROCESS,
+    SCHEDULER,
+    bare_python,
+    plugin_environ,
+    plugin_of,
+    started,
+    with_dependencies,
+)
 
 MY_FEATURE = """
 from aiohttp import web
@@ -60,3 +70,15 @@ def test_the_wheel_is_whole(tmp_path: Path) -> None:
     }
     assert "lmcache-api = lmcache_api.__main__:main" in points
     assert "lmcache-frontend = lmcache_frontend.__main__:main" in points
+
+    python = bare_python(tmp_path / "venv")
+    with_dependencies(python)
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True, timeout=100, capture_output=True)
+    command = [str(python.with_name("lmcache-frontend")), "--print-plugin-path"]
+    shown = subprocess.run(command, check=True, timeout=20, capture_output=True, text=True, env=environment()).stdout
+    assert shown.split() == [str(plugin_of(python, name)) for name in (SCHEDULER, MULTIPROCESS)]
+    port = free_port()
+    environ = plugin_environ({"extra_config": {"plugin.frontend.port": port}})
+    with started(sys.executable, plugin_of(python), environ) as child:
+        assert f":{port} (2 nodes)" in read_until(child, "serves on")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import sys
 
 from lmcache_frontend.hosted.deployment import read_deployment
@@ -39,7 +40,15 @@ def main(parent: int) -> int:
 
 
 async def _stop_without(parent: int, stop: asyncio.Event) -> None:
-    while os.getppid() == parent:  # noqa: ASYNC110 - nothing tells of it
-        await asyncio.sleep(PARENT_SECONDS)
+    if not _output_is_broken():  # a parent that was killed before this process could look who it is
+        while os.getppid() == parent:  # noqa: ASYNC110 - nothing tells of it
+            await asyncio.sleep(PARENT_SECONDS)
     program.say("the process that has started this plugin is gone")
     stop.set()
+
+
+def _output_is_broken() -> bool:
+    """Whether nobody has the other end of the pipe that LMCache gives a plugin as its output."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
