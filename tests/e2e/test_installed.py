@@ -76,7 +76,9 @@ def test_the_wheel_is_whole(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, str(wheel)], check=True, timeout=100, capture_output=True)
     command = [str(python.with_name("lmcache-frontend")), "--print-plugin-path"]
-    shown = subprocess.run(command, check=True, timeout=20, capture_output=True, text=True, env=environment()).stdout
+    shown = subprocess.run(
+        command, check=True, timeout=20, capture_output=True, text=True, env=plugin_environ({})
+    ).stdout
     assert shown.split() == [str(plugin_of(python, name)) for name in (SCHEDULER, MULTIPROCESS)]
     port = free_port()
     environ = plugin_environ({"extra_config": {"plugin.frontend.port": port}})
