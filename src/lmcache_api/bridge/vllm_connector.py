@@ -12,9 +12,10 @@ at each step and passes KV events on, which the other does not.
 LMCache's adapter names the manager and the service factory that it makes by their classes, and starts what they made
 before its constructor returns: no argument and no method lets another server in. So LMCache's setting
 `internal_api_server_enabled` is false while the connector is made, as in a deployment without that server, and is put
-back as it was before ours is made of the manager. This takes two functions of LMCache and the adapter's manager; a
-subclass of the adapter would need copies of two constructors, and a copy that has fallen behind stops an engine.
-One thing sees the false value: the configuration that LMCache's runtime plugins are given at their start.
+back as it was before ours is made of the manager. LMCache's runtime plugins are told the configuration when they are
+started, and one of them may be our frontend: they are held back in the same way, and started by LMCache's launcher when
+ours serves. This takes two functions of LMCache and two attributes; a subclass of the adapter would need copies of two
+constructors, and a copy that has fallen behind stops an engine.
 
 This module is imported where vLLM and LMCache are, and by nothing of ours.
 """
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lmcache.integration.vllm.utils import lmcache_get_or_create_config
@@ -35,16 +36,33 @@ from lmcache_api.server import InternalAPIServer
 
 logger = logging.getLogger(__name__)
 
-SWITCH = "internal_api_server_enabled"
+MEANWHILE: Mapping[str, object] = {"internal_api_server_enabled": False, "runtime_plugin_locations": None}
+"""LMCache's settings while the connector is made: no server of its own, no plugins yet."""
 
 
 class LMCacheOpsConnector(LMCacheConnectorV1):  # type: ignore[misc]
     """vLLM calls the constructor and `shutdown`; everything between is LMCache's."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
-        with _without_own_server(vllm_config.kv_transfer_config):
+        self._internal_api: InternalAPIServer | None = None
+        transfer = vllm_config.kv_transfer_config
+        if transfer.get_from_extra_config("use_native", False):
+            # vLLM's older copy of the adapter has settings of its own, no manager, and starts LMCache's server itself.
             super().__init__(vllm_config, role, kv_cache_config)
-        self._internal_api = _serve(getattr(self._lmcache_engine, "_manager", None))
+            return
+        with _settings_meanwhile(transfer.kv_connector_extra_config or {}):
+            super().__init__(vllm_config, role, kv_cache_config)
+        manager = getattr(self._lmcache_engine, "_manager", None)
+        if not logging.getLogger("lmcache_api").hasHandlers():
+            init_logger("lmcache_api")  # our lines beside LMCache's
+        try:
+            self._internal_api = _serve(manager)
+        except Exception:  # no thread can be started, say
+            logger.exception("no internal API in this process")
+        try:
+            _launch_plugins(manager)
+        except Exception:
+            logger.exception("LMCache's runtime plugins are not started")
 
     def shutdown(self) -> Any:
         """Our server first, so that nobody asks what is being closed."""
@@ -54,22 +72,22 @@ class LMCacheOpsConnector(LMCacheConnectorV1):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _without_own_server(kv_transfer_config: Any) -> Iterator[None]:
-    """LMCache's server is off meanwhile: in its configuration, and in what the command line says over that."""
+def _settings_meanwhile(extra: dict[str, Any]) -> Iterator[None]:
+    """Hold LMCache's configuration at `MEANWHILE`, and what the command line, `extra`, says over it."""
     config = lmcache_get_or_create_config()  # the same object for all in this process
-    extra = kv_transfer_config.kv_connector_extra_config or {}
-    key = f"lmcache.{SWITCH}"
-    given = {key: extra[key]} if key in extra else {}
-    if given:
-        validate_and_set_config_value(config, SWITCH, given[key])
-        extra[key] = False
-    wanted = getattr(config, SWITCH)
-    setattr(config, SWITCH, False)
+    given = {key: extra[key] for name in MEANWHILE if (key := f"lmcache.{name}") in extra}
+    for key, value in given.items():
+        validate_and_set_config_value(config, key.removeprefix("lmcache."), value)
+    wanted = {name: getattr(config, name) for name in MEANWHILE if hasattr(config, name)}
+    extra.update({key: MEANWHILE[key.removeprefix("lmcache.")] for key in given})
+    for name in wanted:
+        setattr(config, name, MEANWHILE[name])
     try:
         yield
     finally:
-        setattr(config, SWITCH, wanted)
         extra.update(given)
+        for name, value in wanted.items():
+            setattr(config, name, value)
 
 
 def _serve(manager: Any) -> InternalAPIServer | None:
@@ -77,15 +95,16 @@ def _serve(manager: Any) -> InternalAPIServer | None:
 
     It makes none beyond data parallel rank 0, and none for a worker whose engine did not start.
     """
-    if not logging.getLogger("lmcache_api").hasHandlers():
-        init_logger("lmcache_api")  # our lines beside LMCache's
     if getattr(manager, "api_server", None) is None:
         logger.info("no internal API in this process: LMCache has made no server for it")
         return None
-    try:
-        server = InternalAPIServer(manager)
-        server.start()
-    except Exception:  # no thread can be started, say
-        logger.exception("no internal API in this process")
-        return None
+    server = InternalAPIServer(manager)
+    server.start()
     return server
+
+
+def _launch_plugins(manager: Any) -> None:
+    """What LMCache would have done while it was made; there is no launcher beyond data parallel rank 0."""
+    launcher = getattr(manager, "_runtime_plugin_launcher", None)
+    if launcher is not None:
+        launcher.launch_plugins()
