@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend import plugins
 from lmcache_frontend.hosted.deployment import Deployment, read_deployment
 from lmcache_frontend.hosted.interpreter import NEEDED, python_of
 from lmcache_frontend.nodes.node import Node
-from lmcache_frontend.options import Options
-from lmcache_shared.errors import ConfigError
+from lmcache_frontend.options import DEFINITIONS, Options
+from lmcache_shared.errors import ConfigError, StartError
+from lmcache_shared.settings import DEFINITIONS as SETTINGS
 from tests.e2e.processes import read_until
 from tests.frontend.discovery import discovery_service
 from tests.frontend.installation import (
@@ -199,6 +202,32 @@ def test_what_cannot_be_used_names_its_place(configuration: object, message: str
 def test_a_worker_count_that_is_none(count: str) -> None:
     with pytest.raises(ConfigError, match="LMCACHE_RUNTIME_PLUGIN_WORKER_COUNT: expected a number of workers from 0"):
         deployment({}, workers=count)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = st.sampled_from(
+    [row.name for row in SETTINGS.values() if row.section is None and not row.engine]
+    + ["mp_config", "http_config", "http_frontend_config", "runtime_plugin_extra_config", "extra_config"]
+)
+OPTION_KEYS = st.sampled_from([f"plugin.frontend.{name}" for name in [*DEFINITIONS, "none"]])
+SECTIONS = st.dictionaries(OPTION_KEYS, JSON, max_size=3)
+
+
+@given(st.dictionaries(KEYS, JSON | SECTIONS, max_size=4), st.text(max_size=5))
+@settings(deadline=None, max_examples=300)
+def test_whatever_the_configuration_is_it_is_read_or_refused_in_one_line(configuration: Any, workers: str) -> None:
+    environ = {
+        "LMCACHE_RUNTIME_PLUGIN_CONFIG": json.dumps(configuration),
+        "LMCACHE_RUNTIME_PLUGIN_WORKER_COUNT": workers,
+    }
+    try:
+        read_deployment(environ)
+    except StartError as error:
+        assert "\n" not in str(error)
 
 
 # --- the multiprocess mode

@@ -11,7 +11,7 @@ from lmcache_frontend.hosted.deployment import read_deployment
 from lmcache_frontend.options import PROGRAM
 from lmcache_frontend.server import serve
 from lmcache_shared import program
-from lmcache_shared.errors import START_FAILED, ConfigError
+from lmcache_shared.errors import START_FAILED, StartError
 
 PARENT_SECONDS = 0.25
 """How often the parent is looked for. The kernel's own signal (PR_SET_PDEATHSIG) would come when the thread ends that
@@ -22,7 +22,7 @@ def main(parent: int) -> int:
     """Run as the child of the process `parent`; the exit code."""
     try:
         deployment = read_deployment(os.environ)
-    except ConfigError as error:
+    except StartError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return START_FAILED
     program.configure_logging(deployment.options.log_level)
