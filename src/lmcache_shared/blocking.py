@@ -19,6 +19,12 @@ from lmcache_shared.errors import Refusal
 
 T = TypeVar("T")
 
+_MEANT_FOR_OTHERS = (
+    asyncio.CancelledError, concurrent.futures.CancelledError, StopIteration, GeneratorExit, SystemExit,
+    KeyboardInterrupt,
+)  # fmt: skip
+"""What a future or the loop would take for a word to itself; from a call it is a failure like others."""
+
 _Work = tuple["concurrent.futures.Future[Any]", Callable[[], Any]]
 
 
@@ -73,6 +79,10 @@ def _work(line: queue.SimpleQueue[_Work | None]) -> None:
             continue
         try:
             result = call()
+        except _MEANT_FOR_OTHERS as error:
+            failure = RuntimeError(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
+            future.set_exception(failure)
         except BaseException as error:
             future.set_exception(error)
         else:

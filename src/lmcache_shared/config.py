@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import stat
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -100,19 +101,15 @@ def attributes_of(config: object) -> dict[str, Any]:
     return {name: getattr(config, name) for name in named if hasattr(config, name)}
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path, *, of_a_caller: bool = False) -> dict[str, Any]:
     """The mapping at the top of a YAML file; an empty file is an empty mapping.
+
+    A file that a caller names must be a plain one: a pipe or a device would be waited for without end.
 
     Raises:
         ConfigError: the file cannot be read, is too large, is no YAML, or holds something else.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; this is no configuration")
+    data = _read(path, of_a_caller=of_a_caller)
     try:
         content = _safe_yaml(data)
     except yaml.YAMLError as error:
@@ -131,6 +128,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         if not isinstance(key, str):
             raise ConfigError(f"{path}: expected a text as key, found {_shown(key)}")
     return content
+
+
+def _read(path: str | Path, *, of_a_caller: bool) -> bytes:
+    flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if of_a_caller else 0)
+    try:
+        with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
+            if of_a_caller and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{path}: is no plain file")
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except ValueError:
+        raise ConfigError(f"{str(path)!r}: is no path") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; this is no configuration")
+    return data
 
 
 class _Found:

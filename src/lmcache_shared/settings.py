@@ -164,11 +164,11 @@ class Settings:
         0, "Stop them after so many different chunks; 0: never.", minimum=0, mutable=True
     )
     chunk_statistics_mem_bf_expected_chunks: int = engine_setting(
-        1 << 20, "How many different chunks the statistics are sized for.", section=EXTRA, minimum=1, maximum=1 << 28,
+        1 << 20, "How many different chunks the statistics are sized for.", section=EXTRA, minimum=1, maximum=1 << 26,
         mutable=True,
     )  # fmt: skip
     chunk_statistics_mem_bf_false_positive_rate: float = engine_setting(
-        0.01, "How often they may take a new chunk for a known one.", section=EXTRA, minimum=1e-6, maximum=0.5,
+        0.01, "How often they may take a new chunk for a known one.", section=EXTRA, minimum=0.0001, maximum=0.5,
         mutable=True,
     )  # fmt: skip
 

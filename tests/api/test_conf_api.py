@@ -145,7 +145,7 @@ async def test_a_value_of_a_megabyte_holds_nobody_up(worker: RunningApi) -> None
         ("retrieve_locations", ["a", "b"], ["a", "b"]),
         ("retrieve_locations", [], []),
         ("retrieve_locations", None, None),
-        ("chunk_statistics_mem_bf_false_positive_rate", 1e-6, 1e-6),
+        ("chunk_statistics_mem_bf_false_positive_rate", 0.0001, 0.0001),
     ],
 )
 async def test_what_is_set(worker: RunningApi, name: str, value: object, now: object) -> None:
@@ -172,7 +172,7 @@ async def test_what_is_set(worker: RunningApi, name: str, value: object, now: ob
         ("store_location", True, "expected text, found true"),
         ("store_location", ["x"], 'expected text, found ["x"]'),
         ("retrieve_locations", ["a", []], "[1]: expected text, found []"),
-        ("chunk_statistics_mem_bf_false_positive_rate", 0.6, "from 1e-06 to 0.5, found 0.6"),
+        ("chunk_statistics_mem_bf_false_positive_rate", 0.6, "from 0.0001 to 0.5, found 0.6"),
     ],
     ids=lambda value: ascii(value)[:30],
 )

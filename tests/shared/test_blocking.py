@@ -50,3 +50,21 @@ async def test_threads_are_as_few_as_the_calls_need() -> None:
         if not [t for t in threading.enumerate() if t.name.startswith("few-")]:
             return
     pytest.fail("the thread did not end after close()")
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [asyncio.CancelledError, StopIteration, GeneratorExit, SystemExit, KeyboardInterrupt],
+    ids=lambda e: e.__name__,
+)
+async def test_what_the_loop_would_take_for_itself_is_a_failure(raised: type[BaseException]) -> None:
+    def call() -> None:
+        raise raised("from the engine")
+
+    pool = BlockingPool("test")
+    try:
+        with pytest.raises(RuntimeError, match=f"{raised.__name__}: from the engine"):
+            await pool.run(call, seconds=5, what="it")
+        assert await pool.run(lambda: 7, seconds=5, what="it") == 7
+    finally:
+        pool.close()

@@ -66,12 +66,10 @@ def _configuration(path: str) -> Any:
     from lmcache.v1.config import LMCacheEngineConfig
 
     try:
-        with open(path, "rb"):
-            pass
-        read_yaml(path)  # it refuses what is too large or unfolds without end
+        read_yaml(path, of_a_caller=True)  # it refuses what is too large, unfolds without end, or is no plain file
         return LMCacheEngineConfig.from_file(path)
-    except (OSError, ConfigError) as error:
-        raise LoadError(f"Invalid configuration file: {error}") from None
+    except ConfigError as error:
+        raise LoadError(f"Invalid configuration file: {error.__cause__ or error}") from None
     except Exception as error:
         raise LoadError(f"Invalid configuration file: {path}: {type(error).__name__}") from None
 

@@ -307,11 +307,9 @@ def _chunk_files(config_path: str) -> list[tuple[bytes, Path]]:
         LoadError: it cannot be read or leads nowhere.
     """
     try:
-        with open(config_path, "rb"):
-            pass
-        values = read_yaml(config_path)
-    except (OSError, ValueError, ConfigError) as error:
-        raise LoadError(f"Invalid configuration file: {error}") from None
+        values = read_yaml(config_path, of_a_caller=True)
+    except ConfigError as error:
+        raise LoadError(f"Invalid configuration file: {error.__cause__ or error}") from None
     remote_url, local_disk = values.get("remote_url"), values.get("local_disk")
     if isinstance(remote_url, str) and remote_url.startswith(_FILE_SYSTEM):
         folder = "/" + remote_url.removeprefix(_FILE_SYSTEM).partition("/")[2]
