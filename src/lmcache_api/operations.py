@@ -12,7 +12,7 @@ from aiohttp import web
 from lmcache_api.app import COMPONENT, ENGINE_POOL, call
 from lmcache_api.component import Engine, Unavailable
 from lmcache_shared.blocking import BlockingPool
-from lmcache_shared.errors import Failure, Refusal
+from lmcache_shared.errors import Failure, OpsError, Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,9 @@ async def attempt(
         raise
     except Unavailable as error:
         raise Failure(503, "API unavailable", str(error)) from None
+    except OpsError as error:
+        logger.error("failed to %s: %s", what, error)
+        raise Failure(500, f"Failed to {what}", str(error)) from None
     except Exception as error:
         logger.exception("failed to %s", what)
         raise Failure(500, f"Failed to {what}", str(error) or type(error).__name__) from None

@@ -36,12 +36,15 @@ MAX_FILE_BYTES = 1 << 20
 LMCACHES_OWN = frozenset({"internal_api_server_log_level"})
 """Settings of LMCache that begin so too and mean nothing here."""
 
+SLIP = 0.88
+"""How alike a key is to one of the table when it is taken for a slip; no two of LMCache's own are so."""
+
 MAX_ALIASES = 32
 MAX_DIGITS = 20
 MAX_SHOWN = 80
 """Characters of a value that an error shows."""
 
-OUR_PREFIXES = ("internal_api_server_", "run_script_")
+OUR_PREFIXES = ("internal_api_server_", "run_script_", "engine_")
 """Settings that begin like this are all in the table."""
 
 _SERVER_ROWS: Mapping[str, Definition] = {name: row for name, row in DEFINITIONS.items() if not row.engine}
@@ -190,6 +193,8 @@ class _Found:
         inner = name.removeprefix(f"{EXTRA}.")
         if inner not in DEFINITIONS and inner not in LMCACHES_OWN and inner.startswith(OUR_PREFIXES):
             raise ConfigError(f"--set {key}: there is no such setting{_did_you_mean(inner)}")
+        if name not in self._rows and "." not in name:
+            _warn_of_a_slip(name, f"--set {key}")
         self._set(name, text, f"--set {key}")
 
     def _set(self, name: str, text: str, place: str) -> None:
@@ -224,9 +229,16 @@ class _Found:
 
 
 def _warn_of_a_slip(name: str, place: str) -> None:
-    """A key that begins like ours and is none is a slip; LMCache's many others are not ours to judge."""
-    if name.startswith(OUR_PREFIXES) and name not in LMCACHES_OWN:
+    """A key that begins like ours and is none is a slip, and so is one that is almost one of the table.
+
+    LMCache's many others are not ours to judge.
+    """
+    if name in LMCACHES_OWN:
+        return
+    if name.startswith(OUR_PREFIXES):
         logger.warning("%s: there is no such setting; it is ignored%s", place, _did_you_mean(name))
+    elif difflib.get_close_matches(name, DEFINITIONS, n=1, cutoff=SLIP):
+        logger.warning("%s: not used here%s", place, _did_you_mean(name))
 
 
 def _did_you_mean(name: str) -> str:

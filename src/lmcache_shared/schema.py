@@ -104,7 +104,7 @@ async def parse_body(request: web.Request, model: Callable[..., T], *, max_bytes
         problem_type, message = _wrong_type(kind, value, optional=name in _optional(model))
         if problem_type:
             problems.append(_problem(problem_type, name, message, value, "body"))
-        values[name] = int(value) if kind is int and value is not None and not problem_type else value
+        values[name] = _as_integer(value) if kind is int and not problem_type else value
     if problems:
         raise Refusal(422, problems)
     return model(**values)
@@ -123,9 +123,13 @@ def _wrong_type(kind: type, value: object, *, optional: bool) -> tuple[str, str]
         return ("", "") if _integer(value) is not None else ("int_parsing", message)
     if isinstance(value, float) and not value.is_integer():
         return "int_from_float", "Input should be a valid integer, got a number with a fractional part"
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > MAX_INTEGER:
+    if not isinstance(value, int | float) or abs(value) > MAX_INTEGER:
         return "int_type", "Input should be a valid integer"
     return "", ""
+
+
+def _as_integer(value: str | float | None) -> int | None:
+    return _integer(value) if isinstance(value, str) else None if value is None else int(value)
 
 
 async def read_body(request: web.Request, max_bytes: int = MAX_BODY_BYTES) -> bytes:
@@ -155,7 +159,7 @@ def _integer(text: str) -> int | None:
     if len(digits) > MAX_NUMBER_DIGITS or not digits.isascii():
         return None
     whole, point, fraction = digits.partition(".")
-    if point and fraction.strip("0"):
+    if point and (not fraction or fraction.strip("0")):
         return None
     try:
         return int(whole)

@@ -241,7 +241,9 @@ async def test_an_engine_without_a_storage_manager(api_server: StartApi) -> None
 
     worker = await api_server(component=Component)
     for name in list(OF_THE_ENGINE)[:7]:
-        expected = {"error": "API unavailable", "message": "StorageManager not initialized."}
+        api = "Bypass API" if "/bypass" in name else "/backends API"
+        message = "StorageManager not initialized." if api == "Bypass API" else "LMCache engine not configured."
+        expected = {"error": f"{api} is unavailable", "message": message}
         assert (await ask(worker, name))[:2] == (503, expected)
 
 
@@ -275,8 +277,9 @@ async def test_past_the_deadline_it_is_a_504_that_says_so(api_server: StartApi, 
         worker = await api_server(component=behaving(gate.wait), internal_api_server_call_seconds=0.1)
         answers = await asyncio.gather(*(ask(worker, name) for name in names))
         for name, (status, answer, _) in zip(names, answers, strict=True):
-            detail = f"{OPERATIONS[name]}: not done within 0.1 seconds; it may still finish"
-            assert (status, answer) == (504, {"detail": detail})
+            begins = f"{OPERATIONS[name]}: not done within 0.1 seconds; "
+            assert status == 504
+            assert answer["detail"] in (f"{begins}it may still finish", f"{begins}it was not begun")
 
 
 async def test_what_was_late_does_finish(api_server: StartApi, gate: Gate) -> None:
@@ -313,7 +316,7 @@ async def test_while_the_engine_hangs_all_else_is_told(api_server: StartApi, gat
     async with worker.client.get("/threads?name=engine") as response:
         assert (await response.text()).count("in wait") >= 4
     gate.event.set()
-    await until(lambda: gate.passed == 68)
+    await until(lambda: gate.passed == 4)  # the others were given up in line, and are never made
     assert (await ask(worker, "GET /freeze/status"))[0] == 200
 
 

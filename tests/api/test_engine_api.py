@@ -629,3 +629,41 @@ async def test_a_configuration_that_is_no_plain_file_holds_nobody_up(
     async with worker.client.post("/cache/load-fs-chunks", json={"config_path": path}) as response:
         assert response.status == 400
         assert (await response.json())["detail"].startswith("Invalid configuration file: ")
+
+
+async def test_what_a_file_holds_is_not_told(api_server: StartApi, tmp_path: Path) -> None:
+    worker = await api_server()
+    for text in ("hf_abcdefghijklmnop", "a: [hf_abcdefghijklmnop", "- hf_abcdefghijklmnop", "? [hf_abcdefghijklmnop]"):
+        path = tmp_path / "secret"
+        path.write_text(text)
+        async with worker.client.post("/cache/load-fs-chunks", json={"config_path": str(path)}) as response:
+            assert response.status == 400
+            assert "hf_" not in await response.text()
+
+
+async def test_numbers_in_texts_are_read_as_pydantic_reads_them(api_server: StartApi) -> None:
+    worker = await api_server()
+    for number, status in (("7.0", 400), ("7", 400), (True, 400), (7.0, 400), ("7.", 422), ("7.5", 422), ("x", 422)):
+        body = {"config_path": "/no/such", "max_chunks": number}
+        async with worker.client.post("/cache/load-fs-chunks", json=body) as response:
+            assert response.status == status, number
+
+
+async def test_a_bypass_outlives_its_backend_and_can_be_taken_back(api_server: StartApi, tmp_path: Path) -> None:
+    worker = await api_server(local_disk=str(tmp_path), max_local_disk_size=0.1)
+    disk = "LocalDiskBackend"
+    for method, path in (("put", f"/bypass/add?backend_name={disk}"), ("delete", f"/backends/{disk}")):
+        async with getattr(worker.client, method)(path) as response:
+            assert response.status == 200
+    async with worker.client.put(f"/bypass/remove?backend_name={disk}") as response:
+        assert (await response.json())["bypassed_backends"] == []
+    for path in (f"/bypass/remove?backend_name={disk}", f"/bypass/add?backend_name={disk}"):
+        async with worker.client.put(path) as response:
+            assert response.status == 400
+
+
+async def test_a_mask_is_no_value(api_server: StartApi) -> None:
+    worker = await api_server()
+    async with worker.client.post("/conf", json={"local_disk": "***", "min_retrieve_tokens": 3}) as response:
+        answer = await response.json()
+    assert answer == {"updated": {"min_retrieve_tokens": 3}, "errors": {"local_disk": "*** is a mask and no value"}}

@@ -25,8 +25,8 @@ async def test_past_the_deadline_it_is_a_504_and_a_full_pool_a_503() -> None:
     await asyncio.sleep(0)
     with pytest.raises(Refusal, match="503: waiting: too many calls"):
         await pool.run(gate.wait, seconds=0.05, what="waiting")
-    for task in late:
-        with pytest.raises(Refusal, match=r"504: waiting: not done within 0\.05 seconds; it may still finish"):
+    for task, outcome in zip(late, ("it may still finish", "it was not begun"), strict=True):
+        with pytest.raises(Refusal, match=rf"504: waiting: not done within 0\.05 seconds; {outcome}"):
             await task
     with pytest.raises(Refusal, match="503"):  # the calls still hold their places
         await pool.run(gate.wait, seconds=0.05, what="waiting")
@@ -68,3 +68,22 @@ async def test_what_the_loop_would_take_for_itself_is_a_failure(raised: type[Bas
         assert await pool.run(lambda: 7, seconds=5, what="it") == 7
     finally:
         pool.close()
+
+
+async def test_what_nobody_waits_for_any_more_is_never_made() -> None:
+    pool = BlockingPool("pool", threads=1, waiting=3)
+    gate, made = threading.Event(), []
+    holding = asyncio.create_task(pool.run(gate.wait, seconds=5, what="holding"))
+    await asyncio.sleep(0)
+    with pytest.raises(Refusal, match="it was not begun"):
+        await pool.run(lambda: made.append("late"), seconds=0.01, what="late")
+    left = asyncio.create_task(pool.run(lambda: made.append("left"), seconds=5, what="left"))
+    await asyncio.sleep(0)
+    left.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await left
+    gate.set()
+    await holding
+    assert await pool.run(lambda: made.append("asked for"), seconds=5, what="asked for") is None
+    assert made == ["asked for"]
+    pool.close()

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmcache_api.component import Unavailable
+from lmcache_shared.settings import DEFINITIONS, EXTRA
 
 CLOSED = frozenset({"run_script_api_enabled", "script_allowed_imports"})
-"""What may not be set over HTTP: whoever starts the process decides whether callers run code in it."""
+"""What may not be set over HTTP: whether callers run code of their own in the process."""
 
 
 class HostConfiguration:
@@ -34,11 +35,21 @@ class HostConfiguration:
                 errors[name] = "Config is not mutable at runtime"
             elif name not in definitions:
                 errors[name] = "Unknown config"
-            elif set_value is not None and set_value(self._config, name, value):
+            elif set_value is not None and set_value(self._config, name, self._with_ours(name, value)):
                 updated[name] = getattr(self._config, name)
             else:
                 errors[name] = "Failed to set config value"
         return updated, errors
+
+    def _with_ours(self, name: str, value: Any) -> Any:
+        """A new `extra_config` with those settings of ours in it that are not mutable, as they are now."""
+        if name != EXTRA or not isinstance(value, Mapping | None):
+            return value
+        held = getattr(self._config, EXTRA, None) or {}
+        ours = {key for key, row in DEFINITIONS.items() if row.section == EXTRA and not row.engine and not row.mutable}
+        kept = {key: held[key] for key in ours if key in held}
+        rest = {key: inner for key, inner in (value or {}).items() if key not in ours}
+        return {**rest, **kept} or value
 
     def _definitions(self) -> Mapping[str, Mapping[str, Any]]:
         module = sys.modules.get("lmcache.v1.config")

@@ -16,7 +16,7 @@ from lmcache_shared.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 AT_ONCE = 10
-LIST_SECONDS = 60.0
+UNUSABLE = "no plain file of YAML with keys at the top, or too large"
 SLASH = "-SEP-"
 """What the connector writes for a slash in a key."""
 
@@ -32,7 +32,7 @@ def load_chunks(engine: Any, config_path: str, max_chunks: int | None, max_faile
     remote = _remote_backend(_configuration(config_path), ability(engine, "metadata"), loop, cpu)
     try:
         connector = ability(remote, "connection")
-        names = list(asyncio.run_coroutine_threadsafe(connector.list(), loop).result(LIST_SECONDS))
+        names = list(asyncio.run(connector.list()))  # it scans the folder: not in the loop that serves the engine
         return _load(remote, cpu, names, max_chunks, max_failed_keys)
     finally:
         remote.close()
@@ -68,8 +68,8 @@ def _configuration(path: str) -> Any:
     try:
         read_yaml(path, of_a_caller=True)  # it refuses what is too large, unfolds without end, or is no plain file
         return LMCacheEngineConfig.from_file(path)
-    except ConfigError as error:
-        raise LoadError(f"Invalid configuration file: {error.__cause__ or error}") from None
+    except ConfigError as error:  # only a system's error is told: others quote what the file holds
+        raise LoadError(f"Invalid configuration file: {error.__cause__ or f'{path}: {UNUSABLE}'}") from None
     except Exception as error:
         raise LoadError(f"Invalid configuration file: {path}: {type(error).__name__}") from None
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmcache_api.embedded.keys import KEY_BYTES
+from lmcache_shared.errors import OpsError
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,11 @@ _BLOCK = 4096
 _FILE = re.compile(rf"([0-9a-f]{{{2 * KEY_BYTES}}})\.kv")
 _UNFINISHED = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}\.tmp")
 _LOCK = "lock"
+MAX_PID = 32
 _WARN_SECONDS = 60.0
 
 
-class DiskError(Exception):
+class DiskError(OpsError):
     """A folder cannot be used; the text names it and says why."""
 
 
@@ -73,6 +75,7 @@ class LocalDiskBackend:
         self._used = 0
         self._generation = 0
         self._closed = False
+        self._frozen = False
         self._warned_at = float("-inf")
         self.failed_puts = 0
         self.damaged = 0
@@ -89,22 +92,31 @@ class LocalDiskBackend:
         with self._lock:
             if key in self._files:
                 return True
-            if self._closed or key in self._writing or not self._make_room(space):
+            if self._closed or self._frozen or key in self._writing or not self._make_room(space):
                 return False
             self._used += space
             self._writing[key] = space
             generation = self._generation
-        written = self._write(key, data)
+        written = False
+        try:
+            written = self._write(key, data)
+        finally:
+            with self._lock:
+                del self._writing[key]
+                self._lock.notify_all()
+                kept = written and generation == self._generation and not self._frozen
+                if kept:
+                    self._files[key] = Stored(len(data) // self._token_bytes, space)
+                else:
+                    self._used -= space
+                    if written:  # it was cleared or frozen while it was written
+                        self._unlink(key)
+        return kept
+
+    def set_frozen(self, frozen: bool) -> None:
+        """Frozen, it admits nothing, also nothing that is being written now."""
         with self._lock:
-            del self._writing[key]
-            self._lock.notify_all()
-            if written and generation == self._generation:
-                self._files[key] = Stored(len(data) // self._token_bytes, space)
-                return True
-            self._used -= space
-            if written:  # it was cleared while it was written
-                self._unlink(key)
-            return False
+            self._frozen = frozen
 
     def get(self, key: bytes, *, touch: bool = True) -> bytes | None:
         """A chunk's bytes; `touch` makes it the most recently used. A damaged one is dropped and not found."""
@@ -132,13 +144,12 @@ class LocalDiskBackend:
     def clear(self) -> int:
         """Forget every chunk; how many tokens those had."""
         with self._lock:
-            tokens = sum(stored.tokens for stored in self._files.values())
-            self._used -= sum(stored.space for stored in self._files.values())
             self._generation += 1
-            for key in self._files:
-                self._unlink(key)
-            self._files.clear()
-            return tokens
+            gone = [(key, stored) for key, stored in self._files.items() if self._unlink(key)]
+            for key, stored in gone:
+                del self._files[key]
+                self._used -= stored.space
+            return sum(stored.tokens for _, stored in gone)
 
     def close(self) -> None:
         """Let go of the folder; the files stay. Waits a while for those that are being written."""
@@ -204,22 +215,28 @@ class LocalDiskBackend:
         if sum(self._writing.values()) + space > self._max_bytes:
             return False
         while self._used + space > self._max_bytes:
-            key, stored = self._files.popitem(last=False)
+            key, stored = next(iter(self._files.items()))
+            if not self._unlink(key):
+                return False
+            del self._files[key]
             self._used -= stored.space
-            self._unlink(key)
         return True
 
     def _drop(self, key: bytes, stored: Stored) -> None:
         with self._lock:
-            if self._files.get(key) is stored:
+            if self._files.get(key) is stored and self._unlink(key):
                 del self._files[key]
                 self._used -= stored.space
                 self.damaged += 1
-                self._unlink(key)
 
-    def _unlink(self, key: bytes) -> None:
-        with contextlib.suppress(OSError):
+    def _unlink(self, key: bytes) -> bool:
+        """Whether the file is gone; one that cannot be removed still takes its space."""
+        try:
             self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            self._warn("chunk %s cannot be removed: %s", self._path(key), error)
+            return False
+        return True
 
     def _path(self, key: bytes) -> Path:
         return self.folder / f"{key.hex()}.kv"
@@ -314,7 +331,14 @@ def _own(folder: Path) -> int:
         raise DiskError(f"{folder}: cannot be used for chunks: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
+        owner = os.read(lock, MAX_PID).decode(errors="replace").strip()
         os.close(lock)
-        raise DiskError(f"{folder}: another engine keeps its chunks there") from None
+        raise DiskError(f"{folder}: another engine (pid {owner or 'unknown'}) keeps its chunks there") from None
+    except OSError as error:
+        os.close(lock)
+        raise DiskError(f"{folder}: cannot be locked: {error.strerror}") from None
+    with contextlib.suppress(OSError):  # on a full disk it is just not told
+        os.ftruncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())
     return lock

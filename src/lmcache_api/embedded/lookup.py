@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from lmcache_api.component import Unavailable
 from lmcache_api.embedded.keys import ChunkKeys
 from lmcache_api.embedded.statistics import EmbeddedChunkStatistics
 from lmcache_shared.address import Address, TcpAddress
@@ -129,12 +128,8 @@ class EmbeddedLookupClient:
         self._keys = keys
         self.statistics = statistics
 
-    def hits(self, tokens: Sequence[int]) -> Mapping[int, int]:
-        found = self._ask(tokens)
-        silent = [f"worker {worker}: {error}" for worker, error in found.items() if isinstance(error, OSError)]
-        if silent:
-            raise Unavailable("; ".join(silent))
-        return {worker: hit for worker, hit in found.items() if isinstance(hit, int)}
+    def hits(self, tokens: Sequence[int]) -> Mapping[int, int | OSError]:
+        return self._ask(tokens)
 
     def lookup(self, tokens: Sequence[int]) -> int:
         """The hit of a request, which is counted. A worker that does not answer has nothing, as in LMCache."""
@@ -147,8 +142,7 @@ class EmbeddedLookupClient:
     @property
     def name(self) -> str:
         """As LMCache tells a client within a client."""
-        own = type(self).__name__
-        return own if self.statistics is None else f"ChunkStatisticsLookupClient({own})"
+        return _class_name(counts=self.statistics is not None)
 
     def _ask(self, tokens: Sequence[int]) -> dict[int, int | OSError]:
         def ask(worker: Worker) -> int | OSError:
@@ -183,7 +177,7 @@ class SchedulerLookup:
 
     def create(self, *, dryrun: bool) -> dict[str, Any]:
         if dryrun:
-            return {"new": _name(self._make()), "dryrun": True}
+            return {"new": _class_name(counts=self._settings().enable_chunk_statistics), "dryrun": True}
         with self._lock:
             self.client = self._make()
             return {"new": _name(self.client)}
@@ -217,6 +211,11 @@ class WorkerLookup:
 
     def recreate(self) -> dict[str, Any]:
         return {"error": "lookup server not available"}
+
+
+def _class_name(*, counts: bool) -> str:
+    own = EmbeddedLookupClient.__name__
+    return f"ChunkStatisticsLookupClient({own})" if counts else own
 
 
 def _name(client: EmbeddedLookupClient | None) -> str:

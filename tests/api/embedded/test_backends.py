@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def test_workers_share_the_folders_out_and_each_has_its_own_below(made: NewEngin
         assert one.engine.backends.disk.folder == tmp_path / "aba"[worker] / "worker"
         one.engine.close()
     assert made(local_disk=folders, disk_chunks=5).engine.backends.disk is not None
-    with pytest.raises(DiskError, match="another engine keeps its chunks there"):
+    with pytest.raises(DiskError, match=rf"another engine \(pid {os.getpid()}\) keeps its chunks there"):
         make(local_disk=folders, disk_chunks=5)
 
 

@@ -210,12 +210,14 @@ def test_a_restart_with_a_smaller_budget_keeps_the_youngest(opened: Open) -> Non
 
 def test_a_folder_that_another_backend_holds_is_refused(opened: Open, tmp_path: Path) -> None:
     first = opened()
-    with pytest.raises(DiskError, match=f"{tmp_path}/chunks: another engine keeps its chunks there"):
+    with pytest.raises(
+        DiskError, match=rf"{tmp_path}/chunks: another engine \(pid {os.getpid()}\) keeps its chunks there"
+    ):
         opened()
     first.put(KEYS[0], DATA)
     script = f"from lmcache_api.embedded.disk import *; LocalDiskBackend(Path({str(first.folder)!r}), 9, 9)"
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "another engine keeps its chunks there" in child.stderr
+    assert f"another engine (pid {os.getpid()}) keeps its chunks there" in child.stderr
     assert first.get(KEYS[0]) == DATA
     first.close()
     assert opened().get(KEYS[0]) == DATA

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from lmcache_api.component import Unavailable
 from lmcache_api.embedded import EmbeddedComponent
 from lmcache_api.embedded.keys import ChunkKeys
 from lmcache_api.embedded.layout import KVLayout
@@ -112,8 +111,10 @@ def test_a_dead_worker_has_nothing_and_is_told_of(tmp_path: Path) -> None:
     dead = {1: remote(tcp_address("127.0.0.1", free_port())), 2: remote(unix_address(f"{tmp_path}/none"))}
     asks = client({0: Knows(64), **dead})
     assert asks.lookup(TOKENS) == 0
-    with pytest.raises(Unavailable, match=r"worker 1: .*Connection refused; worker 2: .*No such file"):
-        asks.hits(TOKENS)
+    hits = asks.hits(TOKENS)
+    assert hits[0] == 64
+    assert "Connection refused" in str(hits[1])
+    assert "No such file" in str(hits[2])
 
 
 def silent(connection: socket.socket) -> None:
@@ -202,8 +203,9 @@ def test_garbage_is_no_hit(talk: Callable[[socket.socket], None]) -> None:
             remote(address).hit_tokens(TOKENS)
         asks = client({0: remote(address), 1: Knows(64)})
         assert asks.lookup(TOKENS) == 0
-        with pytest.raises(Unavailable, match="worker 0: "):
-            asks.hits(TOKENS)
+        hits = asks.hits(TOKENS)
+        assert isinstance(hits[0], OSError)
+        assert hits[1] == 64
 
 
 def test_a_right_answer_of_the_same_server_is_a_hit() -> None:
