@@ -19,7 +19,7 @@ MAX_CHECKSUMS = 1 << 16
 """The most checksums that one answer holds."""
 
 BATCH_SLOTS = 4096
-"""Slots of a layer that are fetched at once; a larger chunk is fetched whole."""
+"""The most slots of a layer that are fetched at once."""
 
 MAX_DIGITS = 20
 MAX_SHOWN = 16
@@ -132,22 +132,39 @@ def of_chunks(
 def _digests(
     caches: KVCaches, layer: str, shape: Sequence[int], slots: Sequence[int], chunk_size: int, until: float
 ) -> Iterator[str]:
-    """The checksum of each chunk in a layer; several chunks are fetched at once, as a device would have it."""
+    """The checksum of each chunk in a layer; many slots are fetched at once, as a device would have it, but not all.
+
+    With keys and values (`planes`) a chunk's bytes are the keys of all its slots, then their values.
+    """
     planes = shape[0] if len(shape) == 5 else 1
-    batch = max(1, BATCH_SLOTS // chunk_size) * chunk_size
-    for first in range(0, len(slots), batch):
+
+    def fetch(first: int, last: int) -> list[memoryview]:
         if time.monotonic() > until:
             raise Refusal(504, "compute checksums: not done in time; take fewer slots")
-        fetched = slots[first : first + batch]
-        data = memoryview(caches.slot_bytes(layer, fetched))
-        plane = len(data) // planes
-        vector = plane // len(fetched)
-        for start in range(0, len(fetched), chunk_size):
-            end = min(start + chunk_size, len(fetched))
-            digest = hashlib.md5(usedforsecurity=False)
-            for begin in (number * plane for number in range(planes)):
-                digest.update(data[begin + start * vector : begin + end * vector])
-            yield digest.hexdigest()
+        data = memoryview(caches.slot_bytes(layer, slots[first:last]))
+        size = len(data) // planes
+        return [data[number * size : (number + 1) * size] for number in range(planes)]
+
+    whole = max(1, BATCH_SLOTS // chunk_size) * chunk_size
+    if chunk_size <= BATCH_SLOTS:
+        for first in range(0, len(slots), whole):
+            last = min(first + whole, len(slots))
+            fetched = fetch(first, last)
+            vector = len(fetched[0]) // (last - first)
+            for start in range(0, last - first, chunk_size):
+                end = min(start + chunk_size, last - first)
+                digest = hashlib.md5(usedforsecurity=False)
+                for plane in fetched:
+                    digest.update(plane[start * vector : end * vector])
+                yield digest.hexdigest()
+        return
+    for first in range(0, len(slots), chunk_size):
+        digest = hashlib.md5(usedforsecurity=False)
+        last = min(first + chunk_size, len(slots))
+        for number in range(planes):  # each piece is fetched once for every plane: no more than a batch is held
+            for start in range(first, last, BATCH_SLOTS):
+                digest.update(fetch(start, min(start + BATCH_SLOTS, last))[number])
+        yield digest.hexdigest()
 
 
 def slots_of(shape: Sequence[int]) -> int:

@@ -12,7 +12,8 @@ import asyncio
 import concurrent.futures
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lmcache_shared.errors import Refusal
@@ -105,3 +106,31 @@ def _work(line: queue.SimpleQueue[_Call | None]) -> None:
             call.future.set_exception(error)
         else:
             call.future.set_result(result)
+
+
+def together(calls: Sequence[Callable[[], T]], *, at_once: int, seconds: float) -> list[T | BaseException | None]:
+    """What each call returns or raises, made by at most `at_once` daemon threads; `None` for what is late.
+
+    Late calls go on in their threads, and those that have not begun never do.
+    """
+    line = list(enumerate(calls))[::-1]
+    results: list[T | BaseException | None] = [None] * len(calls)
+    until = time.monotonic() + seconds
+
+    def work() -> None:
+        while time.monotonic() < until:
+            try:
+                number, call = line.pop()
+            except IndexError:
+                return
+            try:
+                results[number] = call()
+            except BaseException as error:
+                results[number] = error
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(at_once, len(calls)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    return list(results)

@@ -39,7 +39,12 @@ LMCACHES_OWN = frozenset({"internal_api_server_log_level"})
 SLIP = 0.88
 """How alike a key is to one of the table when it is taken for a slip; no two of LMCache's own are so."""
 
-MAX_ALIASES = 32
+MAX_NODES = 50_000
+"""Values of a YAML document."""
+
+MAX_TEXT = 8192
+"""Characters of a text that is read as a list or a value: from the environment, the command line or a request."""
+
 MAX_DIGITS = 20
 MAX_SHOWN = 80
 """Characters of a value that an error shows."""
@@ -352,6 +357,8 @@ def _items(value: Any, place: str) -> list[Any]:
         text = _unquoted(value)
         if text.startswith("["):
             value = _yaml_value(text, place)
+        elif len(text) > MAX_TEXT:
+            raise ConfigError(f"{place}: {len(text)} characters, but at most {MAX_TEXT} are read as a list")
         else:
             return [item.strip() for item in text.split(",") if item.strip()]
     return value if isinstance(value, list) else [value]
@@ -379,6 +386,8 @@ def _unquoted(text: str) -> str:
 
 
 def _yaml_value(text: str, place: str) -> Any:
+    if len(text) > MAX_TEXT:
+        raise ConfigError(f"{place}: {len(text)} characters, but at most {MAX_TEXT} are read as a value")
     try:
         return _safe_yaml(text)
     except Exception:
@@ -386,11 +395,34 @@ def _yaml_value(text: str, place: str) -> Any:
 
 
 def _safe_yaml(data: bytes | str) -> Any:
-    """A YAML document; one whose aliases could unfold into something huge is refused."""
-    aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, Loader=yaml.SafeLoader))
-    if aliases > MAX_ALIASES:
-        raise ValueError(f"{aliases} aliases (*name), but at most {MAX_ALIASES} are followed")
-    return yaml.safe_load(data)
+    """A YAML document; one that is huge, or whose aliases unfold into something huge, is refused."""
+    loader = _yaml_loader(data)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        size = _unfolded(node, {})
+        if size > MAX_NODES:
+            raise ValueError(f"more than {MAX_NODES} values, aliases (*name) followed")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _yaml_loader(data: bytes | str) -> Any:
+    """libyaml's, which takes a twentieth of the time, where PyYAML was built with it."""
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)(data)
+
+
+def _unfolded(node: Any, known: dict[int, int]) -> int:
+    """How many values a node has when every alias is followed; one that leads back to itself has no end."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1  # until it is known: an alias to what it stands in
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        known[id(node)] = min(MAX_NODES + 1, 1 + sum(_unfolded(part, known) for part in parts))
+    return known[id(node)]
 
 
 def _kind_name(kind: Any) -> str:
@@ -400,8 +432,18 @@ def _kind_name(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
+    if not _is_small(value):
+        return f"a large {type(value).__name__}"
     try:
         text = json.dumps(value, default=repr)
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def _is_small(value: Any, depth: int = 4) -> bool:
+    """Whether it can be written down to be cut: what aliases unfold into cannot."""
+    if isinstance(value, Mapping | list | tuple | set):
+        parts = [*value, *value.values()] if isinstance(value, Mapping) else value
+        return depth > 0 and len(value) <= MAX_SHOWN and all(_is_small(part, depth - 1) for part in parts)
+    return True

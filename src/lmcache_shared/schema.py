@@ -14,6 +14,7 @@ words for the cases below.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import json
@@ -31,6 +32,9 @@ T = TypeVar("T")
 
 MAX_BODY_BYTES = 1 << 20
 """Largest body that is read, unless an endpoint says otherwise."""
+
+BODY_SECONDS = 30.0
+MAX_BODIES_BYTES = 64 << 20
 
 MAX_INTEGER = 1 << 63
 MAX_NUMBER_DIGITS = 40
@@ -141,12 +145,46 @@ async def read_body(request: web.Request, max_bytes: int = MAX_BODY_BYTES) -> by
     too_large = Refusal(413, f"the body is larger than {max_bytes} bytes")
     if (request.content_length or 0) > max_bytes:
         raise too_large
+    bodies = request.app.get(BODIES) or Bodies()
     body = bytearray()
-    async for piece in request.content.iter_chunked(1 << 16):
-        body += piece
-        if len(body) > max_bytes:
-            raise too_large
-    return bytes(body)
+
+    async def read() -> None:
+        async for piece in request.content.iter_chunked(1 << 16):
+            bodies.take(len(piece))
+            body.extend(piece)
+            if len(body) > max_bytes:
+                raise too_large
+
+    try:
+        await asyncio.wait_for(read(), BODY_SECONDS)
+        return bytes(body)
+    except ConnectionError:
+        raise Refusal(400, "the body breaks off") from None  # which nobody hears: the caller has left
+    except asyncio.TimeoutError:
+        raise Refusal(408, f"the body has not come within {BODY_SECONDS:g} seconds") from None
+    finally:
+        bodies.give_back(len(body))
+
+
+class Bodies:
+    """The bytes of all bodies that are being read: callers that send slowly hold no more than this together."""
+
+    def __init__(self) -> None:
+        self._held = 0
+
+    def take(self, size: int) -> None:
+        """Raises:
+        Refusal: 503, when too much is held already.
+        """
+        if self._held + size > MAX_BODIES_BYTES:
+            raise Refusal(503, "too many large bodies at once; try again later", {"Retry-After": "1"})
+        self._held += size
+
+    def give_back(self, size: int) -> None:
+        self._held -= size
+
+
+BODIES: web.AppKey[Bodies] = web.AppKey("bodies", Bodies)
 
 
 def _problem(kind: str, name: str, message: str, value: object, where: str = "query") -> dict[str, object]:

@@ -251,7 +251,7 @@ async def test_a_request_names_only_so_many_tokens(api_server: StartApi) -> None
 
 async def test_a_body_has_only_so_many_bytes(api_server: StartApi) -> None:
     worker = await api_server(internal_api_server_max_tokens=100, **SMALL)
-    most = 1024 + 12 * 100
+    most = 1024 + 22 * 100
     fits = b'{"tokens": [1]' + b" " * (most - 15) + b"}"
     assert len(fits) == most
     assert await hits(worker, data=fits) == (1, 0)

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from lmcache_shared.blocking import BlockingPool
+from lmcache_shared.blocking import BlockingPool, together
 from lmcache_shared.errors import Refusal
 
 
@@ -87,3 +87,20 @@ async def test_what_nobody_waits_for_any_more_is_never_made() -> None:
     assert await pool.run(lambda: made.append("asked for"), seconds=5, what="asked for") is None
     assert made == ["asked for"]
     pool.close()
+
+
+def test_together_waits_no_longer_than_it_may() -> None:
+    gate, made = threading.Event(), []
+
+    def fail() -> int:
+        raise ZeroDivisionError
+
+    calls = [lambda: 7, fail, lambda: gate.wait(30), lambda: made.append(1) or 8]
+    results = together(calls, at_once=1, seconds=0.2)
+    assert results[0] == 7
+    assert isinstance(results[1], ZeroDivisionError)
+    assert results[2:] == [None, None]
+    gate.set()
+    assert made == []  # it had not begun, and never does
+    assert together(calls, at_once=4, seconds=5)[2:] == [True, 8]
+    assert together([], at_once=4, seconds=5) == []

@@ -9,8 +9,19 @@ from typing import Any
 from lmcache_api.component import Unavailable
 from lmcache_shared.settings import DEFINITIONS, EXTRA
 
-CLOSED = frozenset({"run_script_api_enabled", "script_allowed_imports"})
-"""What may not be set over HTTP: whether callers run code of their own in the process."""
+CLOSED = frozenset(
+    {
+        "run_script_api_enabled",
+        "script_allowed_imports",
+        "storage_plugins",
+        "remote_storage_plugins",
+        "runtime_plugin_locations",
+    }
+)
+"""What may not be set over HTTP: who starts the process decides which code runs in it."""
+
+_NAMES_CODE = ("module_path", "class_name")
+"""Ends of the keys of `extra_config` that name a plugin's code."""
 
 
 class HostConfiguration:
@@ -42,13 +53,15 @@ class HostConfiguration:
         return updated, errors
 
     def _with_ours(self, name: str, value: Any) -> Any:
-        """A new `extra_config` with those settings of ours in it that are not mutable, as they are now."""
+        """A new `extra_config` in which what is not mutable (settings of ours, names of code) is as it is now."""
         if name != EXTRA or not isinstance(value, Mapping | None):
             return value
         held = getattr(self._config, EXTRA, None) or {}
         ours = {key for key, row in DEFINITIONS.items() if row.section == EXTRA and not row.engine and not row.mutable}
-        kept = {key: held[key] for key in ours if key in held}
-        rest = {key: inner for key, inner in (value or {}).items() if key not in ours}
+        kept = {key: inner for key, inner in held.items() if key in ours or str(key).endswith(_NAMES_CODE)}
+        rest = {
+            key: inner for key, inner in (value or {}).items() if key not in ours and not str(key).endswith(_NAMES_CODE)
+        }
         return {**rest, **kept} or value
 
     def _definitions(self) -> Mapping[str, Mapping[str, Any]]:

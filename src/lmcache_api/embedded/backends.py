@@ -110,16 +110,18 @@ class StorageBackends:
                 return None
             settings = self._settings()
             folder = self._folder(settings)
-            made: dict[str, str] = {}
-            if isinstance(backend, LocalDiskBackend) and folder is not None:
-                disk.check_usable(folder)  # before the old one is closed: a failed change leaves it as it was
-                if not backend.folder.exists() or not folder.samefile(backend.folder):
-                    self._replace({**self._backends, name: self._make_disk(folder, settings)})
-                    backend.close()
-                    made[name] = LocalDiskBackend.__name__
-            if not made:
+            if not isinstance(backend, LocalDiskBackend) or folder is None:
                 self.close(name)
-            return {**made, **self.create()}
+                return self.create()
+            disk.check_usable(folder)  # before the old one is touched: a failed change leaves it as it was
+            if backend.folder.exists() and folder.samefile(backend.folder):
+                with backend.handing_over() as lock:
+                    new = self._make_disk(folder, settings, lock=lock)
+            else:
+                new = self._make_disk(folder, settings)
+                backend.close()
+            self._replace({**self._backends, name: new})
+            return {name: type(new).__name__, **self.create()}
 
     def bypassed(self) -> Sequence[str]:
         return sorted(self._bypassed)
@@ -134,8 +136,8 @@ class StorageBackends:
         for name in list(self._backends):
             self.close(name)
 
-    def _make_disk(self, folder: Path, settings: Settings) -> LocalDiskBackend:
-        return LocalDiskBackend(folder, int(settings.max_local_disk_size * GIB), self._token_bytes)
+    def _make_disk(self, folder: Path, settings: Settings, *, lock: int | None = None) -> LocalDiskBackend:
+        return LocalDiskBackend(folder, int(settings.max_local_disk_size * GIB), self._token_bytes, lock=lock)
 
     def _replace(self, backends: Mapping[str, Backend]) -> None:
         for backend in backends.values():

@@ -38,7 +38,7 @@ _BLOCK = 4096
 """Files take whole blocks of the disk; so does the budget."""
 
 _FILE = re.compile(rf"([0-9a-f]{{{2 * KEY_BYTES}}})\.kv")
-_UNFINISHED = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}\.tmp")
+_UNFINISHED = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}\.[0-9a-f]{{8}}\.tmp")
 _LOCK = "lock"
 MAX_PID = 32
 _WARN_SECONDS = 60.0
@@ -59,13 +59,13 @@ class Stored:
 class LocalDiskBackend:
     """At most `max_bytes` of chunk files in `folder`, which no other backend uses at the same time.
 
-    In memory each file costs some 300 bytes.
+    In memory each file costs some 300 bytes. `lock` is the lock of the backend that this one follows on its folder.
 
     Raises:
         DiskError: the folder cannot be made, read or written, or another backend uses it.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, token_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, token_bytes: int, *, lock: int | None = None) -> None:
         self.folder = folder
         self._max_bytes = max_bytes
         self._token_bytes = token_bytes
@@ -79,7 +79,7 @@ class LocalDiskBackend:
         self._warned_at = float("-inf")
         self.failed_puts = 0
         self.damaged = 0
-        self._lock_file = _own(folder)
+        self._lock_file = _own(folder) if lock is None else lock
         try:
             self._find()
         except OSError as error:
@@ -120,7 +120,6 @@ class LocalDiskBackend:
 
     def get(self, key: bytes, *, touch: bool = True) -> bytes | None:
         """A chunk's bytes; `touch` makes it the most recently used. A damaged one is dropped and not found."""
-        data: bytes | None
         with self._lock:
             stored = self._files.get(key)
             if stored is None:
@@ -129,13 +128,16 @@ class LocalDiskBackend:
                 self._files.move_to_end(key)
         try:
             _, data = read_chunk(self._path(key), key, stored.space)
-        except FileNotFoundError:
-            data = None
-        except (OSError, ValueError) as error:
-            self._warn("chunk %s is dropped: %s", self._path(key), error)
-            data = None
-        if data is None:
+        except FileNotFoundError:  # evicted since, or removed by somebody else
             self._drop(key, stored)
+            return None
+        except ValueError as error:
+            self._warn("chunk %s is dropped: %s", self._path(key), error)
+            self._drop(key, stored)
+            return None
+        except OSError as error:  # too many open files, say: the chunk may be whole
+            self._warn("chunk %s cannot be read: %s", self._path(key), error)
+            return None
         return data
 
     def __contains__(self, key: bytes) -> bool:
@@ -160,6 +162,26 @@ class LocalDiskBackend:
                 self._files.clear()
                 os.close(self._lock_file)
 
+    @contextlib.contextmanager
+    def handing_over(self) -> Iterator[int]:
+        """For one that follows on the same folder: a copy of the lock, while nothing is written here.
+
+        When the other cannot be made, this one goes on.
+        """
+        with self._lock:
+            self._closed = True
+            self._lock.wait_for(lambda: not self._writing, CLOSE_SECONDS)
+            lock = os.dup(self._lock_file)
+        try:
+            yield lock
+        except BaseException:
+            with self._lock:
+                self._closed = False
+            raise
+        with self._lock:
+            self._files.clear()
+            os.close(self._lock_file)
+
     @property
     def chunks(self) -> int:
         return len(self._files)
@@ -183,10 +205,13 @@ class LocalDiskBackend:
                 tokens = _read_header(path, key, size)
                 if tokens * self._token_bytes != size - _OVERHEAD:
                     raise ValueError("the KV of another layout")
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 self.damaged += 1
                 self._warn("chunk %s is dropped: %s", path, error)
                 path.unlink(missing_ok=True)
+                continue
+            except OSError as error:
+                self._warn("chunk %s cannot be read and is left alone: %s", path, error)
                 continue
             found.append((written_at, key, Stored(tokens, _space(size - _OVERHEAD))))
         for _, key, stored in sorted(found, key=lambda entry: entry[:2]):
@@ -195,10 +220,10 @@ class LocalDiskBackend:
         self._make_room(0)
 
     def _write(self, key: bytes, data: bytes) -> bool:
-        unfinished = self.folder / f"{key.hex()}.tmp"
+        unfinished = self.folder / f"{key.hex()}.{os.urandom(4).hex()}.tmp"
         header = _HEADER.pack(_MAGIC, key, len(data) // self._token_bytes, len(data))
         try:
-            with open(unfinished, "wb") as file:
+            with open(unfinished, "wb", opener=_create) as file:
                 file.write(header + _digest(header, data))
                 file.write(data)
             os.replace(unfinished, self._path(key))
@@ -257,8 +282,12 @@ def check_usable(folder: Path) -> None:
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot be used for chunks: {error.strerror}") from None
+        owner = folder.stat().st_uid
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DiskError(f"{folder}: cannot be used for chunks: {why}") from None
+    if owner != os.geteuid():
+        raise DiskError(f"{folder}: cannot be used for chunks: it belongs to another user (uid {owner})")
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise DiskError(f"{folder}: cannot be used for chunks: it cannot be read and written")
 
@@ -322,11 +351,16 @@ def _entries(folder: Path) -> Iterator[tuple[Path, float, int]]:
                     yield Path(entry.path), told.st_mtime, told.st_size
 
 
+def _create(path: str, _: int) -> int:
+    """A new file for its owner alone, never one that somebody else has put there."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
 def _own(folder: Path) -> int:
     """Make the folder and lock it; the kernel lets go of the lock when the process ends, however it ends."""
+    check_usable(folder)
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise DiskError(f"{folder}: cannot be used for chunks: {error.strerror}") from None
     try:

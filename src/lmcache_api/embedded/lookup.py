@@ -5,6 +5,7 @@ A worker of the same process is asked directly, another one over its internal AP
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import logging
@@ -12,18 +13,21 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from lmcache_api.embedded.keys import ChunkKeys
 from lmcache_api.embedded.statistics import EmbeddedChunkStatistics
 from lmcache_shared.address import Address, TcpAddress
+from lmcache_shared.blocking import together
 from lmcache_shared.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 MAX_ANSWER_BYTES = 1 << 20
-MAX_ASKED_AT_ONCE = 8
+MAX_ASKED_AT_ONCE = 64
+MARGIN_SECONDS = 0.25
+"""For threads that begin late, so that a worker that is silent is told as such."""
+
 NO_CLIENT = "None"
 
 
@@ -45,8 +49,13 @@ class RemoteWorker:
         self.address = address
         self._settings = settings
 
+    @property
+    def seconds(self) -> float:
+        """How long it may take to answer."""
+        return self._settings().lookup_timeout_ms / 1000
+
     def hit_tokens(self, tokens: Sequence[int]) -> int:
-        until = time.monotonic() + self._settings().lookup_timeout_ms / 1000
+        until = time.monotonic() + self.seconds
         body = json.dumps({"tokens": list(tokens)}, separators=(",", ":"))
         connection = _Connection(self.address, until)
         try:
@@ -145,16 +154,21 @@ class EmbeddedLookupClient:
         return _class_name(counts=self.statistics is not None)
 
     def _ask(self, tokens: Sequence[int]) -> dict[int, int | OSError]:
-        def ask(worker: Worker) -> int | OSError:
-            try:
-                return worker.hit_tokens(tokens)
-            except OSError as error:
-                return error
+        remote = [worker for worker in self._workers.values() if isinstance(worker, RemoteWorker)]
+        if not remote:
+            return {number: worker.hit_tokens(tokens) for number, worker in self._workers.items()}
+        seconds = max(worker.seconds for worker in remote) + MARGIN_SECONDS
+        calls = [functools.partial(worker.hit_tokens, tokens) for worker in self._workers.values()]
+        answers = together(calls, at_once=MAX_ASKED_AT_ONCE, seconds=seconds)
+        return {number: _hit(answer) for number, answer in zip(self._workers, answers, strict=True)}
 
-        if not any(isinstance(worker, RemoteWorker) for worker in self._workers.values()):
-            return {number: ask(worker) for number, worker in self._workers.items()}
-        with ThreadPoolExecutor(min(len(self._workers), MAX_ASKED_AT_ONCE)) as pool:
-            return dict(zip(self._workers, pool.map(ask, self._workers.values()), strict=True))
+
+def _hit(answer: int | BaseException | None) -> int | OSError:
+    if answer is None:
+        return TimeoutError("timed out")
+    if isinstance(answer, int | OSError):
+        return answer
+    raise answer
 
 
 class SchedulerLookup:

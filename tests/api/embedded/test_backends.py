@@ -160,3 +160,32 @@ def test_bypassed_it_is_neither_stored_to_nor_looked_up_in(both: Made) -> None:
     assert engine.lookup(TOKENS) == []
     assert engine.retrieve(TOKENS) == 0
     assert engine.clear(None) == 2 * len(TOKENS) + len(other)  # what is bypassed is cleared all the same
+
+
+def test_a_recreation_on_the_same_folder_that_fails_leaves_the_old_one(
+    made: Callable[..., Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = made(local_disk=tmp_path, disk_chunks=20)
+    one.engine.store(range(64))
+    before = one.engine.backends.disk
+    assert before is not None
+
+    def refuse(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalDiskBackend, "_find", refuse)
+        with pytest.raises(DiskError):
+            one.engine.backends.recreate(DISK)
+    assert one.engine.backends.disk is before
+    one.engine.clear([CPU])
+    assert one.engine.retrieve(range(64)) == 64
+    one.engine.store(range(100, 164))
+    assert before.chunks == 8
+    assert one.engine.backends.recreate(DISK) == {DISK: "LocalDiskBackend"}
+    after = one.engine.backends.disk
+    assert after is not None
+    assert after is not before
+    assert after.chunks == 8
+    with pytest.raises(DiskError, match="another engine"):
+        LocalDiskBackend(after.folder, 1, 1)

@@ -165,7 +165,7 @@ def test_leftovers_are_removed_and_foreign_files_left_alone(opened: Open, tmp_pa
     folder = tmp_path / "chunks"
     folder.mkdir()
     foreign = ["notes.txt", "notes.tmp", "abc.kv", f"{KEYS[0].hex()}.kv.bak", f"{KEYS[0].hex().upper()}.kv"]
-    for name in [*foreign, f"{KEYS[0].hex()}.tmp"]:
+    for name in [*foreign, f"{KEYS[0].hex()}.0a1b2c3d.tmp"]:
         (folder / name).write_text("x")
     (folder / f"{KEYS[1].hex()}.kv").mkdir()
     (tmp_path / "elsewhere").write_text("x")
@@ -271,7 +271,7 @@ def test_a_folder_without_permission_is_refused(mode: int) -> None:
         child = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert child.stdout.splitlines() == [
             f"{folder}: cannot be used for chunks: it cannot be read and written",
-            f"{folder}: cannot be used for chunks: Permission denied",
+            f"{folder}: cannot be used for chunks: it cannot be read and written",
         ], child.stderr
     finally:
         folder.chmod(0o700)
@@ -503,7 +503,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.backend.close()
         for key in self.chunks:
             os.utime(path_of(self.backend, key), (self.written[key], self.written[key]))
-        (self.folder / f"{leftover.hex()}.tmp").write_bytes(b"x")
+        (self.folder / f"{leftover.hex()}.0a1b2c3d.tmp").write_bytes(b"x")
         self.blocks = blocks
         self.chunks = {key: self.chunks[key] for key in sorted(self.chunks, key=lambda key: self.written[key])}
         while self.space() > blocks:
@@ -526,3 +526,48 @@ class DiskMachine(RuleBasedStateMachine):
 
 TestDisk = DiskMachine.TestCase
 TestDisk.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_what_cannot_be_read_now_is_not_dropped(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many open files, say: the chunk may be whole."""
+    backend = opened()
+    assert backend.put(KEYS[0], DATA)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "open", refuse, raising=False)
+        assert backend.get(KEYS[0]) is None
+    assert backend.get(KEYS[0]) == DATA
+
+
+def test_a_link_that_somebody_else_has_put_there_is_not_followed(
+    opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    backend = opened()
+    monkeypatch.setattr(os, "urandom", bytes)
+    (backend.folder / f"{KEYS[0].hex()}.00000000.tmp").symlink_to(victim)
+    assert not backend.put(KEYS[0], DATA)
+    assert victim.read_text() == "precious"
+    backend.close()
+    lock = backend.folder / "lock"
+    lock.unlink()
+    lock.symlink_to(victim)
+    with pytest.raises(DiskError, match="cannot be used for chunks"):
+        opened()
+
+
+def test_files_are_for_their_owner_alone(opened: Open) -> None:
+    backend = opened()
+    backend.put(KEYS[0], DATA)
+    assert {path.stat().st_mode & 0o777 for path in backend.folder.iterdir()} == {0o600}
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(DiskError, match=rf"it belongs to another user \(uid {owner}\)"):
+        disk.check_usable(tmp_path)
