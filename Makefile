@@ -10,7 +10,7 @@ CONFIG ?= config/lmcache.yaml
 BIN := $(VENV)/bin
 SOURCES := src tests tools benchmarks hatch_build.py
 .DEFAULT_GOAL := help
-.PHONY: help run test test-lmcache test-vllm lint format docs bench wheel clean
+.PHONY: help run test test-lmcache test-vllm lint format docs bench bench-lmcache wheel clean
 
 help:  ## show this
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +43,11 @@ docs: $(VENV)/.run  ## write the tables of settings and options into docs/
 	@$(BIN)/python tools/docs_tables.py
 
 bench: $(VENV)/.bench  ## measure beside FastAPI and uvicorn
-	@$(BIN)/python benchmarks/in_process.py
+	@$(BIN)/python benchmarks/in_process.py $(ARGS)
+
+bench-lmcache: $(VENV)/.run  ## install the real LMCache beside the project (cached) and measure beside its own server
+	@LMCACHE_PYTHON=$$(tools/install_lmcache.sh $(PYTHON)) && export LMCACHE_PYTHON && \
+	  $(BIN)/python benchmarks/engine.py && $(BIN)/python benchmarks/operations.py
 
 wheel: $(VENV)/.run  ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

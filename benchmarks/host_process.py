@@ -1,11 +1,11 @@
 """The process whose costs `in_process.py` measures: a host that imports one server and serves with it in a thread.
 
-    python host_process.py SERVER SOCKET_PREFIX
+    python host_process.py SERVER SOCKET_PREFIX FAMILIES
 
-`SERVER` is one of `MODULES`. Only `sys` and `time` are imported before the clock starts, so that what a server imports
-is what it costs; and the requests come from another process, so that a client's work is not counted. The first line
-that is written says how the start went; then each line that is read is a question (`cpu`, `memory`, `modules` or
-`routes`) and is answered with one line. The end of the input ends the process.
+`SERVER` is one of `MODULES`, `FAMILIES` the file of the metrics that a peer has. Only `sys` and `time` are imported
+before the clock starts, so that what a server imports is what it costs; and the requests come from another process, so
+that a client's work is not counted. The first line that is written says how the start went; then each line that is read
+is a question (`memory`, `modules` or `routes`) and is answered with one line. The end of the input ends the process.
 """
 
 import sys
@@ -25,7 +25,7 @@ MODULES = {
 
 
 def main() -> None:
-    server, prefix = sys.argv[1:]
+    server, prefix, families = sys.argv[1:]
     rss, pss = memory()
     began, cpu = time.monotonic(), time.process_time()
     import_all(server)
@@ -34,13 +34,11 @@ def main() -> None:
     if server == "lmcache-ops":
         start_ours(prefix)
     else:
-        start_peer(prefix, lean=server == "fastapi-lean")
+        start_peer(prefix, families, lean=server == "fastapi-lean")
     tell(began, imported, cpu, modules, rss, pss)
     for line in sys.stdin:
         question = line.strip()
-        if question == "cpu":
-            tell(time.process_time())
-        elif question == "memory":
+        if question == "memory":
             tell(*memory())
         elif question == "modules":
             tell(len(sys.modules))
@@ -99,10 +97,10 @@ def start_ours(prefix: str) -> None:
         raise api.failure
 
 
-def start_peer(prefix: str, *, lean: bool) -> None:
+def start_peer(prefix: str, families: str, *, lean: bool) -> None:
     from fastapi_peer import Peer
 
-    Peer(prefix, lean=lean).start()
+    Peer(prefix, families, lean=lean).start()
 
 
 def routes(server: str) -> "list[str]":

@@ -57,7 +57,8 @@ def with_table(text: str, name: str, rows: Iterable[str]) -> str:
 
 def _meaning(row: Definition) -> str:
     """Its help, and the range of what is taken, and whether `POST /conf` takes it."""
-    return _limited(row) + (" Mutable." if row.mutable else "")
+    where = f" on the {row.only}" if row.only else ""
+    return _limited(row) + (f" Mutable{where}." if row.mutable else "")
 
 
 def _limited(row: Definition) -> str:

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         default="all",
         help="what to serve (default: %(default)s)",
     )
-    parser.add_argument("--workers", metavar="N", type=int, default=1, help="number of workers (default: %(default)s)")
+    parser.add_argument("--workers", metavar="N", type=int, help="number of workers (default: 1)")
     parser.add_argument("--worker-id", metavar="I", type=int, help="serve this worker alone, with --role worker")
     parser.add_argument("--host", metavar="H", help="the host to listen on; the setting internal_api_server_host")
     parser.add_argument(
@@ -131,7 +131,7 @@ def _embedded(
         settings = replace(settings, internal_api_server_enabled=True)  # run by hand, it is wanted
     if options.role == "controller":
         return [stack.enter_context(EmbeddedControllerComponent(settings))]
-    world_size = max(options.workers, *wanted)
+    world_size = max([options.workers, *wanted])
     workers = [
         stack.enter_context(EmbeddedComponent(settings, index, world_size=world_size))
         for index in wanted
@@ -145,13 +145,19 @@ def _embedded(
 
 def _indexes(options: argparse.Namespace) -> list[int]:
     """The indexes of the components that the command line asks for."""
+    options.workers_given = options.workers is not None
+    options.workers = 1 if options.workers is None else options.workers
     if not 0 <= options.workers <= MAX_WORKERS:
         raise ConfigError(f"--workers {options.workers}: expected 0 to {MAX_WORKERS}")
+    if options.role == "worker" and options.workers == 0:
+        raise ConfigError("--role worker --workers 0: there is nothing to serve")
     if options.worker_id is not None:
         if options.role != "worker":
             raise ConfigError(f"--worker-id {options.worker_id}: goes with --role worker")
         if not 0 <= options.worker_id < MAX_WORKERS:
             raise ConfigError(f"--worker-id {options.worker_id}: expected 0 to {MAX_WORKERS - 1}")
+        if options.workers_given and options.worker_id >= options.workers:
+            raise ConfigError(f"--worker-id {options.worker_id}: there are --workers {options.workers}, counted from 0")
         return [1 + options.worker_id]
     workers = [1 + worker for worker in range(options.workers)]
     return {

@@ -12,6 +12,7 @@ from lmcache_shared import routes
 from lmcache_shared.access import own_site_only
 from lmcache_shared.blocking import BlockingPool
 from lmcache_shared.errors import refusals
+from lmcache_shared.schema import BODIES, Bodies
 
 T = TypeVar("T")
 
@@ -48,6 +49,7 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
     app[POOL] = BlockingPool(f"lmcache-api-{component.index}")
     app[ENGINE_POOL] = BlockingPool(f"lmcache-api-{component.index}-engine")
     app[DIAGNOSTICS] = BlockingPool(f"lmcache-api-{component.index}-diagnostics", threads=1, waiting=16)
+    app[BODIES] = Bodies()
     app.cleanup_ctx.append(_close_pools)
     packages = [
         f"lmcache_api.{category}" for category in (categories_of(component) if categories is None else categories)

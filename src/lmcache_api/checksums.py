@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lmcache_api.component import KVCaches, LayerInfo
@@ -17,6 +17,9 @@ from lmcache_shared.errors import Failure, Refusal
 
 MAX_CHECKSUMS = 1 << 16
 """The most checksums that one answer holds."""
+
+BATCH_SLOTS = 4096
+"""The most slots of a layer that are fetched at once."""
 
 MAX_DIGITS = 20
 MAX_SHOWN = 16
@@ -111,22 +114,57 @@ def of_chunks(
         return Checksums(0)
     if chunk_size <= 0:
         raise Failure(400, "Invalid chunk_size", "chunk_size must be a positive integer")
-    chunks = [slots[start : start + chunk_size] for start in range(0, len(slots), chunk_size)]
-    count = len(chunks) * (len(layers) if layerwise else 1)
+    chunks = -(-len(slots) // chunk_size)
+    count = chunks * (len(layers) if layerwise else 1)
     if count > MAX_CHECKSUMS:
         message = f"{count} checksums, but one answer holds {MAX_CHECKSUMS}; take a larger chunk_size or fewer slots"
         raise Failure(400, "Too many chunks", message)
-    by_layer: dict[str, list[str]] = {name: [] for name in layers}
-    for name, digests in by_layer.items():
-        for chunk in chunks:
-            if time.monotonic() > until:
-                raise Refusal(504, "compute checksums: not done in time; take fewer slots")
-            digests.append(hashlib.md5(caches.slot_bytes(name, chunk), usedforsecurity=False).hexdigest())
+    by_layer = {
+        name: list(_digests(caches, name, layer.shape, slots, chunk_size, until)) for name, layer in layers.items()
+    }
     if layerwise:
-        return Checksums(len(chunks), by_layer=by_layer)
+        return Checksums(chunks, by_layer=by_layer)
     columns = zip(*(by_layer[name] for name in sorted(by_layer)), strict=True)
     together = [hashlib.md5("".join(column).encode(), usedforsecurity=False).hexdigest() for column in columns]
-    return Checksums(len(chunks), together=together)
+    return Checksums(chunks, together=together)
+
+
+def _digests(
+    caches: KVCaches, layer: str, shape: Sequence[int], slots: Sequence[int], chunk_size: int, until: float
+) -> Iterator[str]:
+    """The checksum of each chunk in a layer; many slots are fetched at once, as a device would have it, but not all.
+
+    With keys and values (`planes`) a chunk's bytes are the keys of all its slots, then their values.
+    """
+    planes = shape[0] if len(shape) == 5 else 1
+
+    def fetch(first: int, last: int) -> list[memoryview]:
+        if time.monotonic() > until:
+            raise Refusal(504, "compute checksums: not done in time; take fewer slots")
+        data = memoryview(caches.slot_bytes(layer, slots[first:last]))
+        size = len(data) // planes
+        return [data[number * size : (number + 1) * size] for number in range(planes)]
+
+    whole = max(1, BATCH_SLOTS // chunk_size) * chunk_size
+    if chunk_size <= BATCH_SLOTS:
+        for first in range(0, len(slots), whole):
+            last = min(first + whole, len(slots))
+            fetched = fetch(first, last)
+            vector = len(fetched[0]) // (last - first)
+            for start in range(0, last - first, chunk_size):
+                end = min(start + chunk_size, last - first)
+                digest = hashlib.md5(usedforsecurity=False)
+                for plane in fetched:
+                    digest.update(plane[start * vector : end * vector])
+                yield digest.hexdigest()
+        return
+    for first in range(0, len(slots), chunk_size):
+        digest = hashlib.md5(usedforsecurity=False)
+        last = min(first + chunk_size, len(slots))
+        for number in range(planes):  # each piece is fetched once for every plane: no more than a batch is held
+            for start in range(first, last, BATCH_SLOTS):
+                digest.update(fetch(start, min(start + BATCH_SLOTS, last))[number])
+        yield digest.hexdigest()
 
 
 def slots_of(shape: Sequence[int]) -> int:

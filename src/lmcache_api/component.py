@@ -207,8 +207,8 @@ class ChunkStatistics(Protocol):
 class LookupClient(Protocol):
     """A scheduler's lookup client."""
 
-    def hits(self, tokens: Sequence[int]) -> Mapping[int, int]:
-        """The tokens of the longest known prefix on each worker; nothing changes by asking.
+    def hits(self, tokens: Sequence[int]) -> Mapping[int, int | OSError]:
+        """The tokens of the longest known prefix on each worker, or why it does not answer; nothing changes by asking.
 
         Raises:
             Unavailable: this client cannot be asked so.

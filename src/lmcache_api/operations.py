@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import functools
 import logging
 from collections.abc import Callable
@@ -14,17 +12,11 @@ from aiohttp import web
 from lmcache_api.app import COMPONENT, ENGINE_POOL, call
 from lmcache_api.component import Engine, Unavailable
 from lmcache_shared.blocking import BlockingPool
-from lmcache_shared.errors import Failure, Refusal
+from lmcache_shared.errors import Failure, OpsError, Refusal
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_MEANT_FOR_OTHERS = (
-    asyncio.CancelledError, concurrent.futures.CancelledError, StopIteration, GeneratorExit, SystemExit,
-    KeyboardInterrupt,
-)  # fmt: skip
-"""Raised in a handler they would drop the caller without an answer, or end the loop."""
 
 
 def engine_of(request: web.Request, api: str) -> Engine:
@@ -59,22 +51,17 @@ async def attempt(
         Refusal: 503 when too many calls wait, 504 past the deadline.
     """
     try:
-        return await call(request, lambda: _made(function), what, pool=pool)
+        return await call(request, function, what, pool=pool)
     except Refusal:
         raise
     except Unavailable as error:
         raise Failure(503, "API unavailable", str(error)) from None
+    except OpsError as error:
+        logger.error("failed to %s: %s", what, error)
+        raise Failure(500, f"Failed to {what}", str(error)) from None
     except Exception as error:
         logger.exception("failed to %s", what)
         raise Failure(500, f"Failed to {what}", str(error) or type(error).__name__) from None
-
-
-def _made(function: Callable[[], T]) -> T:
-    """The result of `function()`; what a future or the loop would take for its own is a failure like others."""
-    try:
-        return function()
-    except _MEANT_FOR_OTHERS as error:
-        raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 async def on_engine(request: web.Request, operation: Callable[[Engine], T], what: str, *, api: str) -> T:

@@ -12,8 +12,8 @@ from lmcache_api.app import COMPONENT, call
 from lmcache_shared.errors import Failure
 from lmcache_shared.schema import read_body
 
-BYTES_A_TOKEN = 12
-"""Room for a token in a body: ten digits, a comma and a space."""
+BYTES_A_TOKEN = 22
+"""Room for a token in a body: a sign, nineteen digits, a comma and a space."""
 
 BYTES_AROUND = 1024
 MAX_SHOWN = 80

@@ -1,9 +1,9 @@
 """Work that may take time, kept off the event loop: few threads, a bounded queue, a deadline.
 
 A thread cannot be stopped from outside. When the deadline passes, the caller gets its answer (504) and the call goes
-on in its thread; its place is free again only when it ends, so stuck calls fill the pool and further ones are
-refused (503) instead of piling up. The threads are daemons, which those of `concurrent.futures` are not: a stuck call
-never keeps the process, least of all a host's, from ending.
+on in its thread, or is never made when it still stood in line; its place is free again only when a thread is done with
+it, so stuck calls fill the pool and further ones are refused (503) instead of piling up. The threads are daemons, which
+those of `concurrent.futures` are not: a stuck call never keeps the process, least of all a host's, from ending.
 """
 
 from __future__ import annotations
@@ -12,14 +12,34 @@ import asyncio
 import concurrent.futures
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lmcache_shared.errors import Refusal
 
 T = TypeVar("T")
 
-_Work = tuple["concurrent.futures.Future[Any]", Callable[[], Any]]
+_MEANT_FOR_OTHERS = (
+    asyncio.CancelledError, concurrent.futures.CancelledError, StopIteration, GeneratorExit, SystemExit,
+    KeyboardInterrupt,
+)  # fmt: skip
+"""What a future or the loop would take for a word to itself; from a call it is a failure like others."""
+
+
+class _Call:
+    """A call in line, which either a thread makes or its caller gives up: whoever claims it first."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+        self.future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._unclaimed = [True]
+
+    def claim(self) -> bool:
+        try:
+            return self._unclaimed.pop()
+        except IndexError:
+            return False
 
 
 class BlockingPool:
@@ -31,7 +51,7 @@ class BlockingPool:
         self._max_calls = threads + waiting
         self._threads = 0
         self._calls = 0
-        self._line: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._line: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
 
     async def run(self, call: Callable[[], T], *, seconds: float, what: str) -> T:
         """The result of `call()`, made in a thread; what it raises is raised here.
@@ -46,13 +66,18 @@ class BlockingPool:
             self._threads += 1
             name = f"{self._name}-{self._threads}"
             threading.Thread(target=_work, args=(self._line,), name=name, daemon=True).start()
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
-        work = asyncio.wrap_future(future)
+        waiting = _Call(call)
+        work: asyncio.Future[T] = asyncio.wrap_future(waiting.future)
         work.add_done_callback(self._leave)
-        self._line.put((future, call))
-        done, _ = await asyncio.wait({work}, timeout=seconds)
+        self._line.put(waiting)
+        try:
+            done, _ = await asyncio.wait({work}, timeout=seconds)
+        except asyncio.CancelledError:
+            waiting.claim()  # the caller has left; what has not begun never does
+            raise
         if not done:
-            raise Refusal(504, f"{what}: not done within {seconds:g} seconds; it may still finish")
+            outcome = "it was not begun" if waiting.claim() else "it may still finish"
+            raise Refusal(504, f"{what}: not done within {seconds:g} seconds; {outcome}")
         return work.result()
 
     def _leave(self, work: asyncio.Future[T]) -> None:
@@ -66,14 +91,46 @@ class BlockingPool:
             self._line.put(None)
 
 
-def _work(line: queue.SimpleQueue[_Work | None]) -> None:
-    while (item := line.get()) is not None:
-        future, call = item
-        if not future.set_running_or_notify_cancel():
+def _work(line: queue.SimpleQueue[_Call | None]) -> None:
+    while (call := line.get()) is not None:
+        if not call.claim():
+            call.future.cancel()
             continue
         try:
-            result = call()
+            result = call.function()
+        except _MEANT_FOR_OTHERS as error:
+            failure = RuntimeError(f"{type(error).__name__}: {error}")
+            failure.__cause__ = error
+            call.future.set_exception(failure)
         except BaseException as error:
-            future.set_exception(error)
+            call.future.set_exception(error)
         else:
-            future.set_result(result)
+            call.future.set_result(result)
+
+
+def together(calls: Sequence[Callable[[], T]], *, at_once: int, seconds: float) -> list[T | BaseException | None]:
+    """What each call returns or raises, made by at most `at_once` daemon threads; `None` for what is late.
+
+    Late calls go on in their threads, and those that have not begun never do.
+    """
+    line = list(enumerate(calls))[::-1]
+    results: list[T | BaseException | None] = [None] * len(calls)
+    until = time.monotonic() + seconds
+
+    def work() -> None:
+        while time.monotonic() < until:
+            try:
+                number, call = line.pop()
+            except IndexError:
+                return
+            try:
+                results[number] = call()
+            except BaseException as error:
+                results[number] = error
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(at_once, len(calls)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, until - time.monotonic()))
+    return list(results)

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import stat
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -35,12 +36,20 @@ MAX_FILE_BYTES = 1 << 20
 LMCACHES_OWN = frozenset({"internal_api_server_log_level"})
 """Settings of LMCache that begin so too and mean nothing here."""
 
-MAX_ALIASES = 32
+SLIP = 0.88
+"""How alike a key is to one of the table when it is taken for a slip; no two of LMCache's own are so."""
+
+MAX_NODES = 50_000
+"""Values of a YAML document."""
+
+MAX_TEXT = 8192
+"""Characters of a text that is read as a list or a value: from the environment, the command line or a request."""
+
 MAX_DIGITS = 20
 MAX_SHOWN = 80
 """Characters of a value that an error shows."""
 
-OUR_PREFIXES = ("internal_api_server_", "run_script_")
+OUR_PREFIXES = ("internal_api_server_", "run_script_", "engine_")
 """Settings that begin like this are all in the table."""
 
 _SERVER_ROWS: Mapping[str, Definition] = {name: row for name, row in DEFINITIONS.items() if not row.engine}
@@ -100,19 +109,15 @@ def attributes_of(config: object) -> dict[str, Any]:
     return {name: getattr(config, name) for name in named if hasattr(config, name)}
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path, *, of_a_caller: bool = False) -> dict[str, Any]:
     """The mapping at the top of a YAML file; an empty file is an empty mapping.
+
+    A file that a caller names must be a plain one: a pipe or a device would be waited for without end.
 
     Raises:
         ConfigError: the file cannot be read, is too large, is no YAML, or holds something else.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; this is no configuration")
+    data = _read(path, of_a_caller=of_a_caller)
     try:
         content = _safe_yaml(data)
     except yaml.YAMLError as error:
@@ -131,6 +136,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         if not isinstance(key, str):
             raise ConfigError(f"{path}: expected a text as key, found {_shown(key)}")
     return content
+
+
+def _read(path: str | Path, *, of_a_caller: bool) -> bytes:
+    flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if of_a_caller else 0)
+    try:
+        with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
+            if of_a_caller and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{path}: is no plain file")
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except ValueError:
+        raise ConfigError(f"{str(path)!r}: is no path") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; this is no configuration")
+    return data
 
 
 class _Found:
@@ -177,6 +198,8 @@ class _Found:
         inner = name.removeprefix(f"{EXTRA}.")
         if inner not in DEFINITIONS and inner not in LMCACHES_OWN and inner.startswith(OUR_PREFIXES):
             raise ConfigError(f"--set {key}: there is no such setting{_did_you_mean(inner)}")
+        if name not in self._rows and "." not in name:
+            _warn_of_a_slip(name, f"--set {key}")
         self._set(name, text, f"--set {key}")
 
     def _set(self, name: str, text: str, place: str) -> None:
@@ -211,9 +234,16 @@ class _Found:
 
 
 def _warn_of_a_slip(name: str, place: str) -> None:
-    """A key that begins like ours and is none is a slip; LMCache's many others are not ours to judge."""
-    if name.startswith(OUR_PREFIXES) and name not in LMCACHES_OWN:
+    """A key that begins like ours and is none is a slip, and so is one that is almost one of the table.
+
+    LMCache's many others are not ours to judge.
+    """
+    if name in LMCACHES_OWN:
+        return
+    if name.startswith(OUR_PREFIXES):
         logger.warning("%s: there is no such setting; it is ignored%s", place, _did_you_mean(name))
+    elif difflib.get_close_matches(name, DEFINITIONS, n=1, cutoff=SLIP):
+        logger.warning("%s: not used here%s", place, _did_you_mean(name))
 
 
 def _did_you_mean(name: str) -> str:
@@ -327,6 +357,8 @@ def _items(value: Any, place: str) -> list[Any]:
         text = _unquoted(value)
         if text.startswith("["):
             value = _yaml_value(text, place)
+        elif len(text) > MAX_TEXT:
+            raise ConfigError(f"{place}: {len(text)} characters, but at most {MAX_TEXT} are read as a list")
         else:
             return [item.strip() for item in text.split(",") if item.strip()]
     return value if isinstance(value, list) else [value]
@@ -354,6 +386,8 @@ def _unquoted(text: str) -> str:
 
 
 def _yaml_value(text: str, place: str) -> Any:
+    if len(text) > MAX_TEXT:
+        raise ConfigError(f"{place}: {len(text)} characters, but at most {MAX_TEXT} are read as a value")
     try:
         return _safe_yaml(text)
     except Exception:
@@ -361,11 +395,34 @@ def _yaml_value(text: str, place: str) -> Any:
 
 
 def _safe_yaml(data: bytes | str) -> Any:
-    """A YAML document; one whose aliases could unfold into something huge is refused."""
-    aliases = sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(data, Loader=yaml.SafeLoader))
-    if aliases > MAX_ALIASES:
-        raise ValueError(f"{aliases} aliases (*name), but at most {MAX_ALIASES} are followed")
-    return yaml.safe_load(data)
+    """A YAML document; one that is huge, or whose aliases unfold into something huge, is refused."""
+    loader = _yaml_loader(data)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        size = _unfolded(node, {})
+        if size > MAX_NODES:
+            raise ValueError(f"more than {MAX_NODES} values, aliases (*name) followed")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _yaml_loader(data: bytes | str) -> Any:
+    """libyaml's, which takes a twentieth of the time, where PyYAML was built with it."""
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)(data)
+
+
+def _unfolded(node: Any, known: dict[int, int]) -> int:
+    """How many values a node has when every alias is followed; one that leads back to itself has no end."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = MAX_NODES + 1  # until it is known: an alias to what it stands in
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        known[id(node)] = min(MAX_NODES + 1, 1 + sum(_unfolded(part, known) for part in parts))
+    return known[id(node)]
 
 
 def _kind_name(kind: Any) -> str:
@@ -375,8 +432,18 @@ def _kind_name(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
+    if not _is_small(value):
+        return f"a large {type(value).__name__}"
     try:
         text = json.dumps(value, default=repr)
     except (ValueError, RecursionError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def _is_small(value: Any, depth: int = 4) -> bool:
+    """Whether it can be written down to be cut: what aliases unfold into cannot."""
+    if isinstance(value, Mapping | list | tuple | set):
+        parts = [*value, *value.values()] if isinstance(value, Mapping) else value
+        return depth > 0 and len(value) <= MAX_SHOWN and all(_is_small(part, depth - 1) for part in parts)
+    return True

@@ -14,6 +14,7 @@ words for the cases below.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import json
@@ -36,6 +37,9 @@ MAX_SHOWN_BODY = 1 << 16
 """The largest body of which a refusal sends something back."""
 
 MAX_PROBLEMS = 16
+BODY_SECONDS = 30.0
+MAX_BODIES_BYTES = 64 << 20
+
 MAX_INTEGER = 1 << 63
 MAX_NUMBER_DIGITS = 40
 """Longest text that is tried as a number; a longer one is refused as no number."""
@@ -129,7 +133,7 @@ def _checked(kind: Any, value: Any, where: list[Any], problems: list[dict[str, o
     if problem_type:
         problems.append({"type": problem_type, "loc": where, "msg": message, "input": plain(value)})
         return None
-    return int(value) if kind is int and value is not None else value
+    return _as_integer(value) if kind is int else value
 
 
 def _without_input(problem: dict[str, object]) -> dict[str, object]:
@@ -150,9 +154,13 @@ def _wrong_type(kind: type, value: object, *, optional: bool) -> tuple[str, str]
         return ("", "") if _integer(value) is not None else ("int_parsing", message)
     if isinstance(value, float) and not value.is_integer():
         return "int_from_float", "Input should be a valid integer, got a number with a fractional part"
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > MAX_INTEGER:
+    if not isinstance(value, int | float) or abs(value) > MAX_INTEGER:
         return "int_type", "Input should be a valid integer"
     return "", ""
+
+
+def _as_integer(value: str | float | None) -> int | None:
+    return _integer(value) if isinstance(value, str) else None if value is None else int(value)
 
 
 async def read_body(request: web.Request, max_bytes: int = MAX_BODY_BYTES) -> bytes:
@@ -164,12 +172,46 @@ async def read_body(request: web.Request, max_bytes: int = MAX_BODY_BYTES) -> by
     too_large = Refusal(413, f"the body is larger than {max_bytes} bytes")
     if (request.content_length or 0) > max_bytes:
         raise too_large
+    bodies = request.app.get(BODIES) or Bodies()
     body = bytearray()
-    async for piece in request.content.iter_chunked(1 << 16):
-        body += piece
-        if len(body) > max_bytes:
-            raise too_large
-    return bytes(body)
+
+    async def read() -> None:
+        async for piece in request.content.iter_chunked(1 << 16):
+            bodies.take(len(piece))
+            body.extend(piece)
+            if len(body) > max_bytes:
+                raise too_large
+
+    try:
+        await asyncio.wait_for(read(), BODY_SECONDS)
+        return bytes(body)
+    except ConnectionError:
+        raise Refusal(400, "the body breaks off") from None  # which nobody hears: the caller has left
+    except asyncio.TimeoutError:
+        raise Refusal(408, f"the body has not come within {BODY_SECONDS:g} seconds") from None
+    finally:
+        bodies.give_back(len(body))
+
+
+class Bodies:
+    """The bytes of all bodies that are being read: callers that send slowly hold no more than this together."""
+
+    def __init__(self) -> None:
+        self._held = 0
+
+    def take(self, size: int) -> None:
+        """Raises:
+        Refusal: 503, when too much is held already.
+        """
+        if self._held + size > MAX_BODIES_BYTES:
+            raise Refusal(503, "too many large bodies at once; try again later", {"Retry-After": "1"})
+        self._held += size
+
+    def give_back(self, size: int) -> None:
+        self._held -= size
+
+
+BODIES: web.AppKey[Bodies] = web.AppKey("bodies", Bodies)
 
 
 def _problem(kind: str, name: str, message: str, value: object, where: str = "query") -> dict[str, object]:
@@ -182,7 +224,7 @@ def _integer(text: str) -> int | None:
     if len(digits) > MAX_NUMBER_DIGITS or not digits.isascii():
         return None
     whole, point, fraction = digits.partition(".")
-    if point and fraction.strip("0"):
+    if point and (not fraction or fraction.strip("0")):
         return None
     try:
         return int(whole)

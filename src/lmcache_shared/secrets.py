@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 MASK = "***"
 
-MAX_LOOKED_AT = 1 << 17
+MAX_LOOKED_AT = 1 << 14
 """A longer value is masked unread: Linux has no longer variable, and reading it would hold every thread up."""
 
 _SECRET_WORDS = frozenset(
@@ -90,7 +90,8 @@ def _masked_within(value: object, name: str, patterns: Sequence[str]) -> object:
         counts = _PLAIN_COUNT.fullmatch(text) and not _NEVER_COUNTS.search(name)
         return MASK if _has_secret_name(name, text) and not counts else value
     if isinstance(value, Mapping):
-        return {key: _masked_within(inner, key, patterns) for key, inner in value.items()}
+        within = f"{name}." if _has_secret_name(name, "") else ""  # what stands under a secret's name is one
+        return {key: _masked_within(inner, f"{within}{key}", patterns) for key, inner in value.items()}
     if isinstance(value, list):
         return [_masked_within(inner, name, patterns) for inner in value]
     return value

@@ -20,6 +20,9 @@ ENV_PREFIX = "LMCACHE_"
 OLDER_NAMES: Mapping[str, str] = {"plugin_locations": "runtime_plugin_locations"}
 """Names that LMCache used before, and what they are called now."""
 
+BACKENDS = ("LocalCPUBackend", "LocalDiskBackend")
+"""The storage backends of the embedded engine."""
+
 FileMode = Annotated[int, "a file mode"]
 """Permission bits; written as an octal text such as `"0660"`."""
 
@@ -34,6 +37,7 @@ def setting(
     choices: tuple[str, ...] = (),
     engine: bool = False,
     mutable: bool = False,
+    only: str | None = None,
 ) -> Any:
     """A field of a settings class.
 
@@ -46,6 +50,7 @@ def setting(
         choices: the only texts that are taken.
         engine: the engine's, not the server's. A running LMCache has read and checked it by itself.
         mutable: the embedded engine takes a new value while it runs (`POST /conf`).
+        only: the one role that uses it, `scheduler` or `worker`; `None` for all.
     """
     metadata = {
         "help": help,
@@ -55,6 +60,7 @@ def setting(
         "choices": choices,
         "engine": engine,
         "mutable": mutable,
+        "only": only,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -119,57 +125,76 @@ class Settings:
     )
 
     chunk_size: int = engine_setting(256, "Tokens in a chunk.", minimum=16, maximum=65536)
-    local_cpu: bool = engine_setting(True, "Keep chunks in memory: whether the hot cache is on.", mutable=True)
+    local_cpu: bool = engine_setting(
+        True,
+        "Keep chunks in memory, the hot cache; a new value counts when LocalCPUBackend is made again.",
+        mutable=True,
+        only="worker",
+    )
     max_local_cpu_size: float = engine_setting(
         5.0, "The memory for chunks, in GiB; a new value counts when LocalCPUBackend is made again.",
-        minimum=0, maximum=65536, mutable=True,
+        minimum=0, maximum=65536, mutable=True, only="worker",
     )  # fmt: skip
     local_disk: str | None = engine_setting(
         None, "The folder for chunks on disk, as a path or `file://` URL; several by comma are shared out among the"
-        " workers. A new value counts when LocalDiskBackend is made again.", mutable=True,
+        " workers. A new value counts when LocalDiskBackend is made again.", mutable=True, only="worker",
     )  # fmt: skip
     max_local_disk_size: float = engine_setting(
         0.0, "The disk space for chunks, in GiB; a new value counts when LocalDiskBackend is made again.",
-        minimum=0, maximum=1 << 24, mutable=True,
+        minimum=0, maximum=1 << 24, mutable=True, only="worker",
     )  # fmt: skip
     save_unfull_chunk: bool = engine_setting(False, "Store the last tokens of a request that fill no whole chunk too.")
-    save_decode_cache: bool = engine_setting(False, "Store what the model generates too.", mutable=True)
-    store_location: str | None = engine_setting(None, "Store into this backend alone.", mutable=True)
-    retrieve_locations: list[str] | None = engine_setting(None, "Look chunks up in these backends alone.", mutable=True)
+    save_decode_cache: bool = engine_setting(False, "Store what the model generates too.", mutable=True, only="worker")
+    store_location: str | None = engine_setting(
+        None, "Store into this backend alone.", choices=BACKENDS, mutable=True, only="worker"
+    )
+    retrieve_locations: list[str] | None = engine_setting(
+        None, "Look chunks up in these backends alone.", choices=BACKENDS, mutable=True, only="worker"
+    )
     min_retrieve_tokens: int = engine_setting(
-        0, "Compute anew instead of retrieving when fewer tokens than this are found.", minimum=0, mutable=True
+        0,
+        "Compute anew instead of retrieving when fewer tokens than this are found.",
+        minimum=0,
+        mutable=True,
+        only="worker",
     )
     pre_caching_hash_algorithm: str = engine_setting(
-        "builtin", "The hash of a chunk's key; `builtin` is blake2b.", choices=("builtin", "blake2b", "sha256")
+        "builtin", "The hash of a chunk's key: `sha256`, or for every other value blake2b."
     )
-    cache_policy: str = engine_setting("LRU", "Which chunk leaves first.", choices=("LRU",))
     lookup_timeout_ms: int = engine_setting(
         3000, "How long the scheduler waits for a worker's answer to a lookup.", minimum=1, maximum=600000,
-        mutable=True,
+        mutable=True, only="scheduler",
     )  # fmt: skip
     pin_timeout_sec: int = engine_setting(
-        300, "How long a lookup may hold chunks in memory before they are let go.", minimum=1, mutable=True
+        300,
+        "How long a lookup may hold chunks in memory before they are let go.",
+        minimum=1,
+        mutable=True,
+        only="worker",
     )
     pin_check_interval_sec: int = engine_setting(30, "How often that is looked at.", minimum=1, maximum=86400)
     enable_chunk_statistics: bool = engine_setting(
-        False, "Give the lookup client chunk statistics; a new value counts when it is made again.", mutable=True
+        False,
+        "Give the lookup client chunk statistics; a new value counts when it is made again.",
+        mutable=True,
+        only="scheduler",
     )
     chunk_statistics_auto_start_statistics: bool = engine_setting(
-        False, "Start them with the lookup client.", mutable=True
+        False, "Start them with the lookup client.", mutable=True, only="scheduler"
     )
     chunk_statistics_auto_exit_timeout_hours: float = engine_setting(
-        0.0, "Stop them after so many hours; 0: never.", minimum=0, mutable=True
+        0.0, "Stop them after so many hours; 0: never.", minimum=0, mutable=True, only="scheduler"
     )
     chunk_statistics_auto_exit_target_unique_chunks: int = engine_setting(
-        0, "Stop them after so many different chunks; 0: never.", minimum=0, mutable=True
+        0, "Stop them after so many different chunks; 0: never.", minimum=0, mutable=True, only="scheduler"
     )
     chunk_statistics_mem_bf_expected_chunks: int = engine_setting(
-        1 << 20, "How many different chunks the statistics are sized for.", section=EXTRA, minimum=1, maximum=1 << 28,
-        mutable=True,
+        1 << 20, "How many different chunks the statistics are sized for.", section=EXTRA, minimum=1, maximum=1 << 25,
+        mutable=True, only="scheduler",
     )  # fmt: skip
     chunk_statistics_mem_bf_false_positive_rate: float = engine_setting(
-        0.01, "How often they may take a new chunk for a known one.", section=EXTRA, minimum=1e-6, maximum=0.5,
-        mutable=True,
+        0.01, "How often they may take a new chunk for a known one.", section=EXTRA, minimum=0.0001, maximum=0.5,
+        mutable=True, only="scheduler",
     )  # fmt: skip
 
     engine_model_name: str = engine_setting("standalone_model", "The name of the model.", section=EXTRA)
@@ -189,7 +214,7 @@ class Settings:
     )
     engine_load: float = engine_setting(
         0.0, "Requests a second of made-up conversations that keep the embedded engine busy; 0: none.",
-        section=EXTRA, minimum=0, maximum=100, mutable=True,
+        section=EXTRA, minimum=0, maximum=100, mutable=True, only="scheduler",
     )  # fmt: skip
 
     enable_controller: bool = engine_setting(False, "Register the workers with the controller.")
@@ -235,6 +260,7 @@ class Definition:
     choices: tuple[str, ...]
     engine: bool
     mutable: bool
+    only: str | None
 
     @property
     def env_name(self) -> str:
@@ -255,7 +281,7 @@ def definitions_of(model: type) -> dict[str, Definition]:
             field.default,
             field.metadata["help"],
             field.metadata["section"],
-            *(field.metadata[key] for key in ("minimum", "maximum", "choices", "engine", "mutable")),
+            *(field.metadata[key] for key in ("minimum", "maximum", "choices", "engine", "mutable", "only")),
         )
         for field in dataclasses.fields(model)
         if "help" in field.metadata

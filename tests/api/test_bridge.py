@@ -5,11 +5,16 @@ What a whole manager answers is asked of a real LMCache, in tests/lmcache.
 
 from __future__ import annotations
 
+import asyncio
+import sys
+import threading
+import types
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lmcache_api.bridge import turns
 from lmcache_api.bridge.manager import ManagerComponent
 from lmcache_api.pytest_plugin import RunningApi, StartApi
 from lmcache_shared.settings import Settings
@@ -124,3 +129,98 @@ async def test_what_an_engine_raises_is_told_without_a_traceback(api_server: Sta
     async with worker.client.delete("/cache/clear") as response:
         assert response.status == 500
         assert await response.json() == {"error": "Failed to clear cache", "message": "the disk is on fire"}
+
+
+def manager_of(settings: Settings, **parts: Any) -> Any:
+    config = SimpleNamespace(
+        internal_api_server_enabled=True,
+        internal_api_server_socket_path_prefix=settings.internal_api_server_socket_path_prefix,
+        extra_config=None,
+    )
+    return SimpleNamespace(config=config, **parts)
+
+
+async def test_a_scheduler_may_have_an_engine(api_server: StartApi) -> None:
+    """With `enable_scheduler_bypass_lookup`: its port is an engine's, its lookup is the client."""
+    called: list[str] = []
+
+    def component(settings: Settings, index: int) -> ManagerComponent:
+        manager = manager_of(
+            settings,
+            lmcache_engine_metadata=SimpleNamespace(role="scheduler"),
+            close_lookup_client=lambda: called.append("client") or {"old": "Client"},
+            close_lookup_server=lambda: called.append("server") or {"old": "Server"},
+        )
+        manager.lmcache_engine = SimpleNamespace(config=manager.config, metadata=SimpleNamespace(worker_id=0))
+        return ManagerComponent(manager)
+
+    server = await api_server(role="worker", component=component)
+    async with server.client.post("/lookup/close") as response:
+        assert await response.json() == {"old": "Client", "role": "scheduler"}
+    assert called == ["client"]
+
+
+async def test_changes_are_made_one_at_a_time(api_server: StartApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LMCache's manager takes no locks: two recreations at once would leak a client."""
+    monkeypatch.setattr(turns, "WAIT_SECONDS", 0.2)
+    inside, most, gate = [], [], threading.Event()
+
+    def recreate() -> dict[str, str]:
+        inside.append(1)
+        most.append(len(inside))
+        gate.wait(10)
+        inside.pop()
+        return {"old": "Client", "new": "Client"}
+
+    server = await api_server(
+        role="scheduler",
+        component=lambda settings, index: ManagerComponent(manager_of(settings, recreate_lookup_client=recreate)),
+    )
+
+    async def ask() -> int:
+        async with server.client.post("/lookup/recreate") as response:
+            return response.status
+
+    waiting = [asyncio.create_task(ask()) for _ in range(3)]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    gate.set()
+    assert sorted(await asyncio.gather(*waiting)) == [200, 503, 503]
+    assert most == [1]
+
+
+class Definitions(types.ModuleType):
+    """LMCache's definitions of two settings, and its way to set one."""
+
+    _CONFIG_DEFINITIONS = {"extra_config": {}, "run_script_api_enabled": {}}  # noqa: RUF012
+
+    @staticmethod
+    def validate_and_set_config_value(config: Any, name: str, value: Any) -> bool:
+        setattr(config, name, value)
+        return True
+
+
+async def test_what_protects_the_host_is_not_undone_over_http(
+    api_server: StartApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("lmcache.v1.config", "lmcache.v1.config_base"):
+        monkeypatch.setitem(sys.modules, name, Definitions(name))
+    configs: list[Any] = []
+
+    def component(settings: Settings, index: int) -> ManagerComponent:
+        manager = manager_of(settings)
+        manager.config.extra_config = {"internal_api_server_env_mask": ["*URL*"], "other": 1}
+        configs.append(manager.config)
+        return ManagerComponent(manager)
+
+    server = await api_server(role="scheduler", component=component)
+    for given in ({}, {"internal_api_server_env_mask": [], "new": 2}, None):
+        async with server.client.post("/conf", json={"extra_config": given}) as response:
+            assert response.status == 200
+        assert configs[0].extra_config == {"internal_api_server_env_mask": ["*URL*"], **({"new": 2} if given else {})}
+    async with server.client.post("/conf", json={"run_script_api_enabled": True}) as response:
+        assert (response.status, await response.json()) == (
+            400,
+            {"updated": {}, "errors": {"run_script_api_enabled": "Config is not mutable at runtime"}},
+        )
+    async with server.client.post("/conf", json={"extra_config": {"a": "***"}}) as response:
+        assert (response.status, list((await response.json())["errors"])) == (400, ["extra_config"])

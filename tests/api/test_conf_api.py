@@ -100,11 +100,11 @@ async def test_secrets_are_not_told_when_they_are_set(api_server: StartApi) -> N
         "local_disk": "file://me:hunter2@/disk",
         "store_location": CPU,
         "min_retrieve_tokens": 5,
-        "retrieve_locations": ["plain", "Bearer abcdefgh12345678"],
+        "retrieve_locations": [CPU],
         "pin_timeout_sec": 7,
     }
     masked = {"local_disk": "***", "store_location": "***", "min_retrieve_tokens": "***"}
-    expected = {**masked, "retrieve_locations": ["plain", "***"], "pin_timeout_sec": 7}
+    expected = {**masked, "retrieve_locations": [CPU], "pin_timeout_sec": 7}
     assert await ask(worker, "POST", "/conf", json=values) == (200, {"updated": expected})
     assert await told(worker, *values) == expected
     assert worker.component.settings.local_disk == "file://me:hunter2@/disk"
@@ -112,12 +112,12 @@ async def test_secrets_are_not_told_when_they_are_set(api_server: StartApi) -> N
 
 async def test_a_value_of_a_megabyte_holds_nobody_up(worker: RunningApi) -> None:
     for text in ("x" * 1_000_000, "://a:" * 200_000):
-        assert await ask(worker, "POST", "/conf", json={"store_location": text}) == (
+        assert await ask(worker, "POST", "/conf", json={"local_disk": text}) == (
             200,
-            {"updated": {"store_location": "***"}},
+            {"updated": {"local_disk": "***"}},
         )
-        assert await told(worker, "store_location") == {"store_location": "***"}
-    assert (await post(worker, b'{"store_location": "%s"}' % (b"x" * (1 << 20))))[0] == 413
+        assert await told(worker, "local_disk") == {"local_disk": "***"}
+    assert (await post(worker, b'{"local_disk": "%s"}' % (b"x" * (1 << 20))))[0] == 413
 
 
 # What can be set
@@ -139,13 +139,14 @@ async def test_a_value_of_a_megabyte_holds_nobody_up(worker: RunningApi) -> None
         ("internal_api_server_call_seconds", 3600, 3600.0),
         ("store_location", None, None),
         ("store_location", "", None),
-        ("store_location", 5, "5"),
-        ("store_location", "ä\u2028\x00", "ä\u2028\x00"),
-        ("retrieve_locations", "a, b", ["a", "b"]),
-        ("retrieve_locations", ["a", "b"], ["a", "b"]),
+        ("store_location", DISK, DISK),
+        ("local_disk", 5, "5"),
+        ("local_disk", "ä\u2028\x00", "ä\u2028\x00"),
+        ("retrieve_locations", f"{DISK}, {CPU}", [DISK, CPU]),
+        ("retrieve_locations", [CPU, DISK], [CPU, DISK]),
         ("retrieve_locations", [], []),
         ("retrieve_locations", None, None),
-        ("chunk_statistics_mem_bf_false_positive_rate", 1e-6, 1e-6),
+        ("max_local_disk_size", 0.0001, 0.0001),
     ],
 )
 async def test_what_is_set(worker: RunningApi, name: str, value: object, now: object) -> None:
@@ -170,9 +171,11 @@ async def test_what_is_set(worker: RunningApi, name: str, value: object, now: ob
         ("internal_api_server_max_tokens", 0, "expected int from 1 to 67108864, found 0"),
         ("lookup_timeout_ms", 600001, "expected int from 1 to 600000, found 600001"),
         ("store_location", True, "expected text, found true"),
+        ("store_location", "Nope", 'expected one of LocalCPUBackend, LocalDiskBackend, found "Nope"'),
+        ("retrieve_locations", [CPU, "x"], '[1]: expected one of LocalCPUBackend, LocalDiskBackend, found "x"'),
         ("store_location", ["x"], 'expected text, found ["x"]'),
-        ("retrieve_locations", ["a", []], "[1]: expected text, found []"),
-        ("chunk_statistics_mem_bf_false_positive_rate", 0.6, "from 1e-06 to 0.5, found 0.6"),
+        ("retrieve_locations", [CPU, []], "[1]: expected text, found []"),
+        ("chunk_statistics_mem_bf_false_positive_rate", 0.6, "from 0.0001 to 0.5, found 0.6"),
     ],
     ids=lambda value: ascii(value)[:30],
 )
@@ -326,7 +329,7 @@ async def test_where_chunks_are_stored_and_looked_up(api_server: StartApi, tmp_p
     assert await where(worker) == [[CPU, DISK]]
     await change(worker, retrieve_locations=[DISK])
     assert await where(worker) == [[DISK]]
-    await change(worker, retrieve_locations=["Nope"])
+    await ask(worker, "DELETE", f"/cache/clear?locations={DISK}")
     assert await where(worker) == []
     assert (await ask(worker, "POST", "/cache/retrieve?tokens_mock=0,16"))[1]["num_retrieved"] == 0
     await change(worker, retrieve_locations=None)
@@ -383,3 +386,15 @@ async def test_each_component_has_its_own_settings(api_server: StartApi) -> None
     await change(one, min_retrieve_tokens=9)
     assert await told(other, "min_retrieve_tokens") == {"min_retrieve_tokens": 0}
     assert await told(one, "min_retrieve_tokens") == {"min_retrieve_tokens": 9}
+
+
+async def test_a_setting_of_another_role_is_refused_and_says_where_it_counts(api_server: StartApi) -> None:
+    for role, other, name, value in (
+        ("worker", "scheduler", "engine_load", 1),
+        ("scheduler", "worker", "local_cpu", 0),
+    ):
+        server = await api_server(role=role)
+        expected = {name: f"Config is not used by a {role}; set it on the {other}"}
+        assert await ask(server, "POST", "/conf", json={name: value}) == (400, {"updated": {}, "errors": expected})
+        served = await api_server(role=other)
+        assert (await ask(served, "POST", "/conf", json={name: value}))[0] == 200

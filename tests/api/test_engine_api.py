@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 import yarl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lmcache_api.pytest_plugin import RunningApi, StartApi
@@ -250,7 +251,7 @@ async def test_a_request_names_only_so_many_tokens(api_server: StartApi) -> None
 
 async def test_a_body_has_only_so_many_bytes(api_server: StartApi) -> None:
     worker = await api_server(internal_api_server_max_tokens=100, **SMALL)
-    most = 1024 + 12 * 100
+    most = 1024 + 22 * 100
     fits = b'{"tokens": [1]' + b" " * (most - 15) + b"}"
     assert len(fits) == most
     assert await hits(worker, data=fits) == (1, 0)
@@ -346,7 +347,7 @@ class Model:
         return made
 
 
-NAMES = st.sampled_from([CPU, DISK, "Nope", "a/b", "%2F", "ä ✓", "..", "LocalCPUBackend\x00"])
+NAMES = st.sampled_from([CPU, DISK, CPU, DISK, "Nope", "a/b", "%2F", "ä ✓", "..", "LocalCPUBackend\x00"])
 CHUNKS = st.integers(1, 3)
 STEPS = st.one_of(
     st.tuples(st.sampled_from(["store", "retrieve", "lookup"]), CHUNKS),
@@ -474,6 +475,9 @@ class Pair:
 
 
 @settings(OVER_HTTP, max_examples=60)
+@example(steps=[("store", 2), ("close", CPU), ("hot", True), ("hot", False), ("retrieve", 3), ("create", None)])
+@example(steps=[("store", 2), ("bypass", CPU), ("clear", [CPU]), ("retrieve", 2), ("use", CPU), ("lookup", 2)])
+@example(steps=[("store", 1), ("freeze", True), ("store", 3), ("hot", False), ("retrieve", 1), ("recreate", DISK)])
 @given(steps=st.lists(STEPS, max_size=14))
 async def test_backends_and_switches_do_as_they_are_told(
     api_server: StartApi, tmp_path: Path, steps: list[tuple[str, Any]]
@@ -484,6 +488,16 @@ async def test_backends_and_switches_do_as_they_are_told(
     for what, value in steps:
         await getattr(pair, what)(value)
         await pair.compare()
+
+
+async def test_there_is_no_hot_cache_without_memory(worker: RunningApi) -> None:
+    assert (await ask(worker, "DELETE", f"/backends/{CPU}"))[0] == 200
+    message = "there is no LocalCPUBackend; POST /backends makes it again"
+    expected = (503, {"error": "API unavailable", "message": message})
+    assert await ask(worker, "PUT", "/hot_cache/enable") == expected
+    assert (await ask(worker, "PUT", "/hot_cache/disable"))[0] == 200
+    assert (await ask(worker, "POST", "/backends"))[0] == 200
+    assert (await ask(worker, "PUT", "/hot_cache/enable"))[0] == 200
 
 
 async def test_bypass_needs_a_name(worker: RunningApi) -> None:
@@ -561,8 +575,6 @@ async def test_chunk_files_are_loaded_and_what_is_wrong_is_told(api_server: Star
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        ({"config_path": "x", "max_chunks": -1}, 400),
-        ({"config_path": "x", "max_failed_keys": -1}, 400),
         ({"config_path": "/nope/nope.yaml"}, 400),
         ({"config_path": "/"}, 400),
         ({"config_path": ""}, 400),
@@ -589,6 +601,12 @@ async def test_what_cannot_be_loaded(worker: RunningApi, body: object, status: i
     assert answer["detail"]
 
 
+async def test_a_number_below_zero_is_refused(worker: RunningApi) -> None:
+    for name in ("max_chunks", "max_failed_keys"):
+        answer = await ask(worker, "POST", "/cache/load-fs-chunks", json={"config_path": "x", name: -1})
+        assert answer == (400, {"detail": f"{name} -1: expected a number from 0"})
+
+
 async def test_no_depth_of_a_body_is_a_server_error(worker: RunningApi) -> None:
     """At some depth Python can read it and no longer write it: the refusal tells of it all the same."""
     for depth in [1, 40, *range(860, 1000), 5000, 100_000]:
@@ -598,3 +616,54 @@ async def test_no_depth_of_a_body_is_a_server_error(worker: RunningApi) -> None:
             )
             assert status == 422, depth
             assert answer["detail"][0]["type"] in ("string_type", "missing", "model_attributes_type", "json_invalid")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "null byte"])
+async def test_a_configuration_that_is_no_plain_file_holds_nobody_up(
+    api_server: StartApi, tmp_path: Path, kind: str
+) -> None:
+    worker = await api_server()
+    path = {"pipe": str(tmp_path / "pipe"), "device": "/dev/zero", "folder": str(tmp_path), "null byte": "a\0b"}[kind]
+    if kind == "pipe":
+        os.mkfifo(path)
+    async with worker.client.post("/cache/load-fs-chunks", json={"config_path": path}) as response:
+        assert response.status == 400
+        assert (await response.json())["detail"].startswith("Invalid configuration file: ")
+
+
+async def test_what_a_file_holds_is_not_told(api_server: StartApi, tmp_path: Path) -> None:
+    worker = await api_server()
+    for text in ("hf_abcdefghijklmnop", "a: [hf_abcdefghijklmnop", "- hf_abcdefghijklmnop", "? [hf_abcdefghijklmnop]"):
+        path = tmp_path / "secret"
+        path.write_text(text)
+        async with worker.client.post("/cache/load-fs-chunks", json={"config_path": str(path)}) as response:
+            assert response.status == 400
+            assert "hf_" not in await response.text()
+
+
+async def test_numbers_in_texts_are_read_as_pydantic_reads_them(api_server: StartApi) -> None:
+    worker = await api_server()
+    for number, status in (("7.0", 400), ("7", 400), (True, 400), (7.0, 400), ("7.", 422), ("7.5", 422), ("x", 422)):
+        body = {"config_path": "/no/such", "max_chunks": number}
+        async with worker.client.post("/cache/load-fs-chunks", json=body) as response:
+            assert response.status == status, number
+
+
+async def test_a_bypass_outlives_its_backend_and_can_be_taken_back(api_server: StartApi, tmp_path: Path) -> None:
+    worker = await api_server(local_disk=str(tmp_path), max_local_disk_size=0.1)
+    disk = "LocalDiskBackend"
+    for method, path in (("put", f"/bypass/add?backend_name={disk}"), ("delete", f"/backends/{disk}")):
+        async with getattr(worker.client, method)(path) as response:
+            assert response.status == 200
+    async with worker.client.put(f"/bypass/remove?backend_name={disk}") as response:
+        assert (await response.json())["bypassed_backends"] == []
+    for path in (f"/bypass/remove?backend_name={disk}", f"/bypass/add?backend_name={disk}"):
+        async with worker.client.put(path) as response:
+            assert response.status == 400
+
+
+async def test_a_mask_is_no_value(api_server: StartApi) -> None:
+    worker = await api_server()
+    async with worker.client.post("/conf", json={"local_disk": "***", "min_retrieve_tokens": 3}) as response:
+        answer = await response.json()
+    assert answer == {"updated": {"min_retrieve_tokens": 3}, "errors": {"local_disk": "*** is a mask and no value"}}

@@ -330,7 +330,7 @@ def test_nothing_is_computed_that_nobody_waits_for() -> None:
 
         def slot_bytes(self, layer: str, slots: list[int]) -> bytes:
             self.read += 1
-            return b""
+            return bytes(len(slots))
 
     caches = Counting()
     with pytest.raises(Refusal, match="504: compute checksums: not done in time; take fewer slots"):
@@ -338,7 +338,10 @@ def test_nothing_is_computed_that_nobody_waits_for() -> None:
     assert caches.read == 0
     found = checksums.of_chunks(caches, range(8), 3, layerwise=False, until=time.monotonic() + 60)
     assert found is not None
-    assert (found.chunks, caches.read) == (3, 3)
+    assert (found.chunks, len(found.together), caches.read) == (3, 3, 1)
+    many = [slot % 8 for slot in range(3 * checksums.BATCH_SLOTS)]
+    assert checksums.of_chunks(caches, many, 2, layerwise=False, until=time.monotonic() + 60) is not None
+    assert caches.read == 4  # a batch at a time
 
 
 async def test_slots_are_recorded_in_the_log(worker: RunningApi, caplog: pytest.LogCaptureFixture) -> None:
@@ -358,8 +361,8 @@ async def test_slots_are_recorded_in_the_log(worker: RunningApi, caplog: pytest.
     assert await recorded()
     await ask(worker, "POST", "/cache/store", tokens_mock="0,300")
     await ask(worker, "POST", "/cache/retrieve", tokens_mock="0,300")
-    assert "[KVCache Check] Store, tokens=300, slot_mapping: [[0, 299]]" in caplog.text
-    assert "[KVCache Check] Retrieve, tokens=256, slot_mapping: [[0, 255]]" in caplog.text
+    assert "[KVCache Check] lmcache_worker0: Store, tokens=300, slot_mapping: [[0, 299]]" in caplog.text
+    assert "[KVCache Check] lmcache_worker0: Retrieve, tokens=256, slot_mapping: [[0, 255]]" in caplog.text
     for word in ("", "maybe", "1", "true "):
         assert await ask(worker, "POST", path, enabled=word) == (
             400,

@@ -127,6 +127,12 @@ def test_a_configuration_that_disables_it_ends_with_0(start: Start, tmp_path: Pa
             '--set internal_api_server_port_start: expected int, found "x"',
         ),
         (["--worker-id", "1"], "--worker-id 1: goes with --role worker"),
+        (
+            ["--role", "worker", "--worker-id", "2", "--workers", "2"],
+            "--worker-id 2: there are --workers 2, counted from 0",
+        ),
+        (["--role", "worker", "--workers", "0"], "--role worker --workers 0: there is nothing to serve"),
+        (["--engine", "lmcache"], "--engine lmcache: LMCache is not installed here"),
         (["--role", "worker", "--worker-id", "-1"], "--worker-id -1: expected 0 to 1023"),
         (["--workers", "2000"], "--workers 2000: expected 0 to 1024"),
         (["--set", "internal_api_server_route_folders=/no/such"], "route folder /no/such: is no folder"),

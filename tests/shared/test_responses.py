@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache_shared.responses import MAX_DEPTH, json_response, json_text, plain, text_response
@@ -34,6 +34,7 @@ def nested(depth: int) -> Any:
     return value
 
 
+@settings(deadline=None)
 @given(JSON)
 def test_json_comes_back_as_it_was(value: Any) -> None:
     assert json.loads(json_text(value)) == value
@@ -41,6 +42,7 @@ def test_json_comes_back_as_it_was(value: Any) -> None:
     assert plain(value) == value
 
 
+@settings(deadline=None)
 @given(ANYTHING)
 def test_anything_has_a_plain_form_that_is_json(value: Any) -> None:
     text = json_text(plain(value))
@@ -48,6 +50,7 @@ def test_anything_has_a_plain_form_that_is_json(value: Any) -> None:
     json.loads(text, parse_constant=pytest.fail)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats() | st.text(st.characters(codec=None))))
 def test_floats_and_texts_of_any_kind_are_answered(value: list[float | str]) -> None:
     body = json_response(value).body

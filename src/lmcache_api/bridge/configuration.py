@@ -7,9 +7,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmcache_api.component import Unavailable
+from lmcache_shared.settings import DEFINITIONS, EXTRA
 
-CLOSED = frozenset({"run_script_api_enabled", "script_allowed_imports"})
-"""What may not be set over HTTP: whoever starts the process decides whether callers run code in it."""
+CLOSED = frozenset(
+    {
+        "run_script_api_enabled",
+        "script_allowed_imports",
+        "storage_plugins",
+        "remote_storage_plugins",
+        "runtime_plugin_locations",
+    }
+)
+"""What may not be set over HTTP: who starts the process decides which code runs in it."""
+
+_NAMES_CODE = ("module_path", "class_name")
+"""Ends of the keys of `extra_config` that name a plugin's code."""
 
 
 class HostConfiguration:
@@ -34,11 +46,23 @@ class HostConfiguration:
                 errors[name] = "Config is not mutable at runtime"
             elif name not in definitions:
                 errors[name] = "Unknown config"
-            elif set_value is not None and set_value(self._config, name, value):
+            elif set_value is not None and set_value(self._config, name, self._with_ours(name, value)):
                 updated[name] = getattr(self._config, name)
             else:
                 errors[name] = "Failed to set config value"
         return updated, errors
+
+    def _with_ours(self, name: str, value: Any) -> Any:
+        """A new `extra_config` in which what is not mutable (settings of ours, names of code) is as it is now."""
+        if name != EXTRA or not isinstance(value, Mapping | None):
+            return value
+        held = getattr(self._config, EXTRA, None) or {}
+        ours = {key for key, row in DEFINITIONS.items() if row.section == EXTRA and not row.engine and not row.mutable}
+        kept = {key: inner for key, inner in held.items() if key in ours or str(key).endswith(_NAMES_CODE)}
+        rest = {
+            key: inner for key, inner in (value or {}).items() if key not in ours and not str(key).endswith(_NAMES_CODE)
+        }
+        return {**rest, **kept} or value
 
     def _definitions(self) -> Mapping[str, Mapping[str, Any]]:
         module = sys.modules.get("lmcache.v1.config")

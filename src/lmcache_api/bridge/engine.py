@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lmcache_api.bridge.abilities import ability
 from lmcache_api.bridge.fs_chunks import load_chunks
+from lmcache_api.bridge.turns import Turns
 from lmcache_api.component import Backends, LayerInfo, LoadedChunks, Span, Unavailable
 
 STORE_ID, RETRIEVE_ID = "cache_api_store", "cache_api_retrieve"
@@ -16,62 +16,68 @@ STORE_ID, RETRIEVE_ID = "cache_api_store", "cache_api_retrieve"
 
 
 class ManagerEngine:
-    """The engine that a manager holds now.
+    """The engine that a manager holds now."""
 
-    Stores and retrieves of ours are made one at a time, as by LMCache's own server, whose loop they hold meanwhile.
-    """
-
-    def __init__(self, engine: Any, data_lock: threading.Lock) -> None:
+    def __init__(self, engine: Any, turns: Turns) -> None:
         self._engine = engine
-        self._data_lock = data_lock
+        self._turns = turns
 
     @property
     def backends(self) -> Backends | None:
         manager = getattr(self._engine, "storage_manager", None)
-        return None if manager is None else StorageManagerBackends(manager)
+        return None if manager is None else StorageManagerBackends(manager, self._turns)
 
     def store(self, tokens: Sequence[int]) -> None:
         store = ability(self._engine, "store")
-        with self._data_lock:
+        with self._turns.data():
             store(req_id=STORE_ID, tokens=list(tokens), **self._slots(len(tokens)))
 
     def retrieve(self, tokens: Sequence[int]) -> int:
         retrieve = ability(self._engine, "retrieve")
-        with self._data_lock:
+        with self._turns.data():
             mask = retrieve(req_id=RETRIEVE_ID, tokens=list(tokens), **self._slots(len(tokens)))
         return int(mask.sum().item())
 
     def lookup(self, tokens: Sequence[int]) -> Sequence[Span]:
-        """Each backend is asked for each chunk, without pinning; LMCache's own lookup would count it as a request."""
+        """Backends are asked without pinning, for many chunks at once: a remote one answers over the network.
+
+        LMCache's own lookup would count it as a request.
+        """
         process_tokens = ability(ability(self._engine, "token_database"), "process_tokens")
         active = ability(ability(self._engine, "storage_manager"), "get_active_storage_backends")
         only = getattr(self._engine, "retrieve_locations", None)
+        layers = self._engine.num_layers if getattr(self._engine, "use_layerwise", False) else 1
+        chunks = list(process_tokens(tokens=list(tokens)))
         spans: list[Span] = []
-        for start, end, key in process_tokens(tokens=list(tokens)):
-            keys = key.split_layers(self._engine.num_layers) if getattr(self._engine, "use_layerwise", False) else [key]
-            where = tuple(
-                name for name, backend in active(search_range=only) if all(backend.contains(k, False) for k in keys)
-            )
-            if not where:
+        done = 0
+        while done < len(chunks):
+            keys = [key for _, _, key in chunks[done:]]
+            if layers > 1:
+                keys = [layer_key for key in keys for layer_key in key.split_layers(layers)]
+            counts = {name: backend.batched_contains(keys) // layers for name, backend in active(search_range=only)}
+            found = {name: count for name, count in counts.items() if count}
+            if not found:
                 break
-            last = spans[-1] if spans else None
-            if last is not None and last.locations == where:
-                spans[-1] = Span(last.start, end, last.chunks + 1, where)
-            else:
-                spans.append(Span(start, end, 1, where))
+            step = min(found.values())  # as far as these backends all hold them; then they are asked again
+            spans.append(Span(chunks[done][0], chunks[done + step - 1][1], step, tuple(found)))
+            done += step
         return spans
 
     def clear(self, locations: Sequence[str] | None) -> int:
-        return int(ability(self._engine, "clear")(locations=None if locations is None else list(locations)))
+        clear = ability(self._engine, "clear")
+        with self._turns.control():
+            return int(clear(locations=None if locations is None else list(locations)))
 
     def freeze(self, frozen: bool) -> None:
-        ability(self._engine, "freeze")(frozen)
+        with self._turns.control():
+            ability(self._engine, "freeze")(frozen)
 
     def is_frozen(self) -> bool:
         return bool(ability(self._engine, "is_frozen")())
 
     def set_hot_cache(self, enabled: bool) -> None:
-        ability(self._engine, "set_hot_cache")(enabled)
+        with self._turns.control():
+            ability(self._engine, "set_hot_cache")(enabled)
 
     def is_hot_cache_enabled(self) -> bool:
         return bool(ability(self._engine, "is_hot_cache_enabled")())
@@ -98,32 +104,45 @@ class ManagerEngine:
 class StorageManagerBackends:
     """The backends of LMCache's storage manager."""
 
-    def __init__(self, manager: Any) -> None:
+    def __init__(self, manager: Any, turns: Turns) -> None:
         self._manager = manager
+        self._turns = turns
 
     def classes(self) -> Mapping[str, str]:
         return dict(ability(self._manager, "list_backends")())
 
     def create(self) -> Mapping[str, str]:
-        return dict(ability(self._manager, "create_backends")())
+        create = ability(self._manager, "create_backends")
+        with self._turns.control():
+            return dict(create())
 
     def close(self, name: str) -> bool:
-        return bool(ability(self._manager, "close_backend")(name))
+        close = ability(self._manager, "close_backend")
+        with self._turns.control():
+            return bool(close(name))
 
     def recreate(self, name: str) -> Mapping[str, str] | None:
         recreate = ability(self._manager, "recreate_backend")
-        if name not in self.classes():
-            return None
-        return dict(recreate(name))
+        with self._turns.control():
+            try:
+                return dict(recreate(name))
+            except KeyError:
+                if name in self.classes():
+                    raise
+                return None
 
     def bypassed(self) -> Sequence[str]:
         return list(ability(self._manager, "get_bypassed_backends")())
 
     def set_bypass(self, name: str, bypass: bool) -> bool:
-        before = bool(ability(self._manager, "is_backend_bypassed")(name))
-        if before != bypass:
-            ability(self._manager, "set_backend_bypass")(name, bypass)
-        return before
+        is_bypassed, set_bypass = (
+            ability(self._manager, name) for name in ("is_backend_bypassed", "set_backend_bypass")
+        )
+        with self._turns.control():
+            before = bool(is_bypassed(name))
+            if before != bypass:
+                set_bypass(name, bypass)
+            return before
 
 
 class TensorKVCaches:
@@ -140,12 +159,10 @@ class TensorKVCaches:
 
     def slot_bytes(self, layer: str, slots: Sequence[int]) -> bytes:
         tensor = self._caches()[layer]
-        shape = tuple(tensor.shape)
-        index = list(slots)
-        if len(shape) == 5:
-            picked = tensor.reshape(shape[0], -1, *shape[3:])[:, index]
-        else:
-            picked = tensor.reshape(-1, *shape[2:])[index]
+        # Indexed by block and offset: flattening a tensor that is not contiguous would copy all of it.
+        block_size = tensor.shape[2] if len(tensor.shape) == 5 else tensor.shape[1]
+        blocks, offsets = [slot // block_size for slot in slots], [slot % block_size for slot in slots]
+        picked = tensor[:, blocks, offsets] if len(tensor.shape) == 5 else tensor[blocks, offsets]
         dtype = str(tensor.dtype)
         if dtype == "torch.bfloat16":
             picked = picked.float()

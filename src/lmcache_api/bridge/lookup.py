@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmcache_api.bridge.abilities import ability
+from lmcache_api.bridge.turns import Turns
 from lmcache_api.component import ChunkStatistics, Unavailable
 from lmcache_shared.placement import Role
+
+logger = logging.getLogger(__name__)
 
 
 class ManagerLookup:
     """Calls the manager's methods for its role; what they raise is told as their `error`."""
 
-    def __init__(self, manager: Any, role: Role) -> None:
+    def __init__(self, manager: Any, role: Role, turns: Turns) -> None:
         self._manager = manager
+        self._turns = turns
         self._what = "lookup_client" if role == "scheduler" else "lookup_server"
 
     def info(self) -> Mapping[str, str]:
@@ -31,10 +36,12 @@ class ManagerLookup:
 
     def _call(self, verb: str, **arguments: bool) -> dict[str, Any]:
         method = ability(self._manager, f"{verb}_{self._what}")
-        try:
-            return dict(method(**arguments))
-        except Exception as error:  # LMCache asserts that there is an engine id, say
-            return {"error": str(error) or type(error).__name__}
+        with self._turns.control():
+            try:
+                return dict(method(**arguments))
+            except Exception as error:  # LMCache asserts that there is an engine id, say
+                logger.warning("%s_%s of %s raised", verb, self._what, type(self._manager).__name__, exc_info=True)
+                return {"error": str(error) or type(error).__name__}
 
 
 class ManagerLookupClient:
@@ -43,7 +50,7 @@ class ManagerLookupClient:
     def __init__(self, client: Any) -> None:
         self._client = client
 
-    def hits(self, tokens: Sequence[int]) -> Mapping[int, int]:
+    def hits(self, tokens: Sequence[int]) -> Mapping[int, int | OSError]:
         raise Unavailable("a lookup through the scheduler holds what it finds; ask the workers")
 
     @property

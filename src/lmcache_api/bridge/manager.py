@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from lmcache_api.bridge.abilities import ability
 from lmcache_api.bridge.configuration import HostConfiguration
 from lmcache_api.bridge.engine import ManagerEngine, TensorKVCaches
 from lmcache_api.bridge.lookup import ManagerLookup, ManagerLookupClient
+from lmcache_api.bridge.turns import Turns
 from lmcache_api.component import Component, Controller, PeriodicThreadStatus, Version
 from lmcache_api.exposition import Exposition
 from lmcache_shared.config import attributes_of, from_object
@@ -51,21 +51,24 @@ class ManagerComponent:
         self._settings.read()
         self.script_adapter: object = manager
         self._manager = manager
-        # LMCache's own rule: without an engine the component is the scheduler.
+        # LMCache's own rules: without an engine it has the scheduler's port; its role is what the metadata say, as a
+        # scheduler may have an engine (enable_scheduler_bypass_lookup).
         self.index = SCHEDULER_INDEX if engine is None else 1 + _worker_id(engine)
-        self.role: Role = "scheduler" if self.index == SCHEDULER_INDEX else "worker"
+        told = getattr(getattr(manager, "lmcache_engine_metadata", None), "role", None)
+        is_scheduler = told == "scheduler" or (told != "worker" and self.index == SCHEDULER_INDEX)
+        self.role: Role = "scheduler" if is_scheduler else "worker"
         self.metrics = HostMetrics()
         self.controller: Controller | None = None
         self.configuration = HostConfiguration(config)
         self.inference = ManagerInference(manager)
-        self.lookup = ManagerLookup(manager, self.role)
+        self._turns = Turns()
+        self.lookup = ManagerLookup(manager, self.role, self._turns)
         self.kv_caches = TensorKVCaches(lambda: getattr(manager, "kv_caches", None) or {})
-        self._data_lock = threading.Lock()
 
     @property
     def engine(self) -> ManagerEngine | None:
         engine = getattr(self._manager, "lmcache_engine", None)
-        return None if engine is None else ManagerEngine(engine, self._data_lock)
+        return None if engine is None else ManagerEngine(engine, self._turns)
 
     @property
     def lookup_client(self) -> ManagerLookupClient | None:

@@ -62,6 +62,9 @@ class StandaloneEngine:
             self._starter = LMCacheStandaloneStarter(self._config, metadata, groups, "cpu")
             self._starter.start()
         except Exception as error:
+            starter = getattr(self, "_starter", None)
+            if starter is not None:
+                starter._manager.stop_services()
             raise StartError(f"LMCache's engine does not start: {type(error).__name__}: {error}") from error
         self._config.internal_api_server_enabled = enabled
         manager = self._starter._manager

@@ -42,8 +42,19 @@ class StorageBackends:
         self._changing = threading.RLock()
         self._backends: dict[str, Backend] = {}  # replaced as a whole, so that a reader needs no lock
         self._bypassed: frozenset[str] = frozenset()
-        self.frozen = False
+        self._frozen = False
         self.create()
+
+    @property
+    def frozen(self) -> bool:
+        return self._frozen
+
+    def freeze(self, frozen: bool) -> None:
+        """Frozen, no backend admits anything once this has returned."""
+        with self._changing:
+            self._frozen = frozen
+            for backend in self._backends.values():
+                backend.set_frozen(frozen)
 
     @property
     def cpu(self) -> LocalCPUBackend | None:
@@ -58,7 +69,7 @@ class StorageBackends:
     def active(self, only: Sequence[str] | None) -> Iterator[tuple[str, Backend]]:
         """The backends to look chunks up in, memory first: not the bypassed ones, when frozen memory alone."""
         for name, backend in self._backends.items():
-            if name in self._bypassed or (self.frozen and name != memory.NAME) or (only and name not in only):
+            if name in self._bypassed or (self._frozen and name != memory.NAME) or (only and name not in only):
                 continue
             yield name, backend
 
@@ -99,16 +110,18 @@ class StorageBackends:
                 return None
             settings = self._settings()
             folder = self._folder(settings)
-            made: dict[str, str] = {}
-            if isinstance(backend, LocalDiskBackend) and folder is not None:
-                disk.check_usable(folder)  # before the old one is closed: a failed change leaves it as it was
-                if not folder.samefile(backend.folder):
-                    self._replace({**self._backends, name: self._make_disk(folder, settings)})
-                    backend.close()
-                    made[name] = LocalDiskBackend.__name__
-            if not made:
+            if not isinstance(backend, LocalDiskBackend) or folder is None:
                 self.close(name)
-            return {**made, **self.create()}
+                return self.create()
+            disk.check_usable(folder)  # before the old one is touched: a failed change leaves it as it was
+            if backend.folder.exists() and folder.samefile(backend.folder):
+                with backend.handing_over() as lock:
+                    new = self._make_disk(folder, settings, lock=lock)
+            else:
+                new = self._make_disk(folder, settings)
+                backend.close()
+            self._replace({**self._backends, name: new})
+            return {name: type(new).__name__, **self.create()}
 
     def bypassed(self) -> Sequence[str]:
         return sorted(self._bypassed)
@@ -123,10 +136,12 @@ class StorageBackends:
         for name in list(self._backends):
             self.close(name)
 
-    def _make_disk(self, folder: Path, settings: Settings) -> LocalDiskBackend:
-        return LocalDiskBackend(folder, int(settings.max_local_disk_size * GIB), self._token_bytes)
+    def _make_disk(self, folder: Path, settings: Settings, *, lock: int | None = None) -> LocalDiskBackend:
+        return LocalDiskBackend(folder, int(settings.max_local_disk_size * GIB), self._token_bytes, lock=lock)
 
     def _replace(self, backends: Mapping[str, Backend]) -> None:
+        for backend in backends.values():
+            backend.set_frozen(self._frozen)
         self._backends = {name: backends[name] for name in (memory.NAME, disk.NAME) if name in backends}
 
     def _folder(self, settings: Settings) -> Path | None:
@@ -135,4 +150,9 @@ class StorageBackends:
         if not paths or settings.max_local_disk_size <= 0:
             return None
         path = paths[self._worker_id % len(paths)].removeprefix("file://")
-        return Path(path) / urllib.parse.quote(self._owner, safe="")
+        return Path(path) / folder_name(self._owner)
+
+
+def folder_name(owner: str) -> str:
+    """The folder of a worker below `local_disk`."""
+    return urllib.parse.quote(owner, safe="")

@@ -49,9 +49,9 @@ class EmbeddedComponent:
         world_size: int = 1,
         workers: Sequence[EmbeddedComponent] = (),
     ) -> None:
-        self.configuration = EmbeddedConfiguration(settings)
         self.index = index
         self.role: Role = "scheduler" if index == SCHEDULER_INDEX else "worker"
+        self.configuration = EmbeddedConfiguration(settings, self.role)
         self.name = place(settings, index).name
         self.version = Version(VERSION, "embedded", f"{VERSION}-embedded")
         self.inference = EmbeddedInference()
@@ -71,11 +71,7 @@ class EmbeddedComponent:
         else:
             self.lookup = self._client_of = self._make_lookup(workers)
         self.metrics.refresh_with(self._gauges)
-        self.script_adapter = SimpleNamespace(
-            config=settings,
-            lmcache_engine=self.engine,
-            lmcache_engine_metadata=SimpleNamespace(**self.metadata()),
-        )
+        self.script_adapter: object = _ScriptAdapter(self)
 
     @property
     def settings(self) -> Settings:
@@ -118,7 +114,7 @@ class EmbeddedComponent:
         return [thread.status() for thread in self._threads]
 
     def start(self) -> None:
-        for thread in self._threads:
+        for thread in reversed(self._threads):  # the health monitor last: it looks whether the others run
             thread.start()
 
     def stop(self) -> None:
@@ -183,6 +179,20 @@ class EmbeddedComponent:
             **of_threads(self.periodic_threads()),
             **(statistics.gauges() if statistics is not None else NO_STATISTICS),
         }
+
+
+class _ScriptAdapter:
+    """What a script finds in the place of LMCache's manager."""
+
+    def __init__(self, component: EmbeddedComponent) -> None:
+        self.lmcache_engine = component.engine
+        self.lmcache_engine_metadata = SimpleNamespace(**component.metadata())
+        self._configuration = component.configuration
+
+    @property
+    def config(self) -> Settings:
+        """Of now."""
+        return self._configuration.settings
 
 
 class EmbeddedInference:

@@ -9,14 +9,16 @@ from typing import Any
 
 from lmcache_shared.config import convert
 from lmcache_shared.errors import ConfigError
-from lmcache_shared.settings import DEFINITIONS, FileMode, Settings
+from lmcache_shared.placement import Role
+from lmcache_shared.settings import DEFINITIONS, EXTRA, FileMode, Settings
 
 
 class EmbeddedConfiguration:
     """Holds the settings of now; a change replaces them as a whole, so that no reader sees half of it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, role: Role = "worker") -> None:
         self._settings = settings
+        self._role = role
         self._lock = threading.Lock()
 
     @property
@@ -26,6 +28,9 @@ class EmbeddedConfiguration:
     def read(self, names: Sequence[str] | None) -> Mapping[str, Any]:
         settings = self._settings
         values = {name: _told(getattr(settings, name), name) for name in DEFINITIONS}
+        extra = values[EXTRA]
+        if extra:
+            values[EXTRA] = {name: values.get(name, value) for name, value in extra.items()}
         values = {**settings.unknown, **values}
         return values if names is None else {name: values[name] for name in names if name in values}
 
@@ -41,9 +46,14 @@ class EmbeddedConfiguration:
                 errors[name] = "Config is not mutable at runtime"
             else:
                 try:
-                    changes[name] = convert(value, row, name)
+                    converted = convert(value, row, name)
                 except ConfigError as error:
                     errors[name] = f"Failed to set config value: {error}"
+                    continue
+                if row.only in (None, self._role):
+                    changes[name] = converted
+                else:
+                    errors[name] = f"Config is not used by a {self._role}; set it on the {row.only}"
         with self._lock:
             self._settings = replace(self._settings, **changes)
         return changes, errors

@@ -25,7 +25,7 @@ class EmbeddedControllerComponent:
     version = Version(VERSION, "embedded", f"{VERSION}-embedded")
 
     def __init__(self, settings: Settings) -> None:
-        self.configuration = EmbeddedConfiguration(settings)
+        self.configuration = EmbeddedConfiguration(settings, self.role)
         self.controller = EmbeddedController(lambda: self.settings)
         self._health = HealthMonitor(self.periodic_threads)
         self.metrics = EmbeddedMetrics({"role": self.role}, CONTROLLER_FAMILIES)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmcache_api.embedded.keys import KEY_BYTES
+from lmcache_shared.errors import OpsError
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +38,13 @@ _BLOCK = 4096
 """Files take whole blocks of the disk; so does the budget."""
 
 _FILE = re.compile(rf"([0-9a-f]{{{2 * KEY_BYTES}}})\.kv")
-_UNFINISHED = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}\.tmp")
+_UNFINISHED = re.compile(rf"[0-9a-f]{{{2 * KEY_BYTES}}}\.[0-9a-f]{{8}}\.tmp")
 _LOCK = "lock"
+MAX_PID = 32
 _WARN_SECONDS = 60.0
 
 
-class DiskError(Exception):
+class DiskError(OpsError):
     """A folder cannot be used; the text names it and says why."""
 
 
@@ -57,13 +59,13 @@ class Stored:
 class LocalDiskBackend:
     """At most `max_bytes` of chunk files in `folder`, which no other backend uses at the same time.
 
-    In memory each file costs some 300 bytes.
+    In memory each file costs some 300 bytes. `lock` is the lock of the backend that this one follows on its folder.
 
     Raises:
         DiskError: the folder cannot be made, read or written, or another backend uses it.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, token_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, token_bytes: int, *, lock: int | None = None) -> None:
         self.folder = folder
         self._max_bytes = max_bytes
         self._token_bytes = token_bytes
@@ -73,10 +75,11 @@ class LocalDiskBackend:
         self._used = 0
         self._generation = 0
         self._closed = False
+        self._frozen = False
         self._warned_at = float("-inf")
         self.failed_puts = 0
         self.damaged = 0
-        self._lock_file = _own(folder)
+        self._lock_file = _own(folder) if lock is None else lock
         try:
             self._find()
         except OSError as error:
@@ -89,26 +92,34 @@ class LocalDiskBackend:
         with self._lock:
             if key in self._files:
                 return True
-            if self._closed or key in self._writing or not self._make_room(space):
+            if self._closed or self._frozen or key in self._writing or not self._make_room(space):
                 return False
             self._used += space
             self._writing[key] = space
             generation = self._generation
-        written = self._write(key, data)
+        written = False
+        try:
+            written = self._write(key, data)
+        finally:
+            with self._lock:
+                del self._writing[key]
+                self._lock.notify_all()
+                kept = written and generation == self._generation and not self._frozen
+                if kept:
+                    self._files[key] = Stored(len(data) // self._token_bytes, space)
+                else:
+                    self._used -= space
+                    if written:  # it was cleared or frozen while it was written
+                        self._unlink(key)
+        return kept
+
+    def set_frozen(self, frozen: bool) -> None:
+        """Frozen, it admits nothing, also nothing that is being written now."""
         with self._lock:
-            del self._writing[key]
-            self._lock.notify_all()
-            if written and generation == self._generation:
-                self._files[key] = Stored(len(data) // self._token_bytes, space)
-                return True
-            self._used -= space
-            if written:  # it was cleared while it was written
-                self._unlink(key)
-            return False
+            self._frozen = frozen
 
     def get(self, key: bytes, *, touch: bool = True) -> bytes | None:
         """A chunk's bytes; `touch` makes it the most recently used. A damaged one is dropped and not found."""
-        data: bytes | None
         with self._lock:
             stored = self._files.get(key)
             if stored is None:
@@ -117,13 +128,16 @@ class LocalDiskBackend:
                 self._files.move_to_end(key)
         try:
             _, data = read_chunk(self._path(key), key, stored.space)
-        except FileNotFoundError:
-            data = None
-        except (OSError, ValueError) as error:
-            self._warn("chunk %s is dropped: %s", self._path(key), error)
-            data = None
-        if data is None:
+        except FileNotFoundError:  # evicted since, or removed by somebody else
             self._drop(key, stored)
+            return None
+        except ValueError as error:
+            self._warn("chunk %s is dropped: %s", self._path(key), error)
+            self._drop(key, stored)
+            return None
+        except OSError as error:  # too many open files, say: the chunk may be whole
+            self._warn("chunk %s cannot be read: %s", self._path(key), error)
+            return None
         return data
 
     def __contains__(self, key: bytes) -> bool:
@@ -132,13 +146,12 @@ class LocalDiskBackend:
     def clear(self) -> int:
         """Forget every chunk; how many tokens those had."""
         with self._lock:
-            tokens = sum(stored.tokens for stored in self._files.values())
-            self._used -= sum(stored.space for stored in self._files.values())
             self._generation += 1
-            for key in self._files:
-                self._unlink(key)
-            self._files.clear()
-            return tokens
+            gone = [(key, stored) for key, stored in self._files.items() if self._unlink(key)]
+            for key, stored in gone:
+                del self._files[key]
+                self._used -= stored.space
+            return sum(stored.tokens for _, stored in gone)
 
     def close(self) -> None:
         """Let go of the folder; the files stay. Waits a while for those that are being written."""
@@ -148,6 +161,26 @@ class LocalDiskBackend:
                 self._lock.wait_for(lambda: not self._writing, CLOSE_SECONDS)
                 self._files.clear()
                 os.close(self._lock_file)
+
+    @contextlib.contextmanager
+    def handing_over(self) -> Iterator[int]:
+        """For one that follows on the same folder: a copy of the lock, while nothing is written here.
+
+        When the other cannot be made, this one goes on.
+        """
+        with self._lock:
+            self._closed = True
+            self._lock.wait_for(lambda: not self._writing, CLOSE_SECONDS)
+            lock = os.dup(self._lock_file)
+        try:
+            yield lock
+        except BaseException:
+            with self._lock:
+                self._closed = False
+            raise
+        with self._lock:
+            self._files.clear()
+            os.close(self._lock_file)
 
     @property
     def chunks(self) -> int:
@@ -172,10 +205,13 @@ class LocalDiskBackend:
                 tokens = _read_header(path, key, size)
                 if tokens * self._token_bytes != size - _OVERHEAD:
                     raise ValueError("the KV of another layout")
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 self.damaged += 1
                 self._warn("chunk %s is dropped: %s", path, error)
                 path.unlink(missing_ok=True)
+                continue
+            except OSError as error:
+                self._warn("chunk %s cannot be read and is left alone: %s", path, error)
                 continue
             found.append((written_at, key, Stored(tokens, _space(size - _OVERHEAD))))
         for _, key, stored in sorted(found, key=lambda entry: entry[:2]):
@@ -184,10 +220,10 @@ class LocalDiskBackend:
         self._make_room(0)
 
     def _write(self, key: bytes, data: bytes) -> bool:
-        unfinished = self.folder / f"{key.hex()}.tmp"
+        unfinished = self.folder / f"{key.hex()}.{os.urandom(4).hex()}.tmp"
         header = _HEADER.pack(_MAGIC, key, len(data) // self._token_bytes, len(data))
         try:
-            with open(unfinished, "wb") as file:
+            with open(unfinished, "wb", opener=_create) as file:
                 file.write(header + _digest(header, data))
                 file.write(data)
             os.replace(unfinished, self._path(key))
@@ -204,22 +240,28 @@ class LocalDiskBackend:
         if sum(self._writing.values()) + space > self._max_bytes:
             return False
         while self._used + space > self._max_bytes:
-            key, stored = self._files.popitem(last=False)
+            key, stored = next(iter(self._files.items()))
+            if not self._unlink(key):
+                return False
+            del self._files[key]
             self._used -= stored.space
-            self._unlink(key)
         return True
 
     def _drop(self, key: bytes, stored: Stored) -> None:
         with self._lock:
-            if self._files.get(key) is stored:
+            if self._files.get(key) is stored and self._unlink(key):
                 del self._files[key]
                 self._used -= stored.space
                 self.damaged += 1
-                self._unlink(key)
 
-    def _unlink(self, key: bytes) -> None:
-        with contextlib.suppress(OSError):
+    def _unlink(self, key: bytes) -> bool:
+        """Whether the file is gone; one that cannot be removed still takes its space."""
+        try:
             self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            self._warn("chunk %s cannot be removed: %s", self._path(key), error)
+            return False
+        return True
 
     def _path(self, key: bytes) -> Path:
         return self.folder / f"{key.hex()}.kv"
@@ -240,8 +282,12 @@ def check_usable(folder: Path) -> None:
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot be used for chunks: {error.strerror}") from None
+        owner = folder.stat().st_uid
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise DiskError(f"{folder}: cannot be used for chunks: {why}") from None
+    if owner != os.geteuid():
+        raise DiskError(f"{folder}: cannot be used for chunks: it belongs to another user (uid {owner})")
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise DiskError(f"{folder}: cannot be used for chunks: it cannot be read and written")
 
@@ -305,16 +351,28 @@ def _entries(folder: Path) -> Iterator[tuple[Path, float, int]]:
                     yield Path(entry.path), told.st_mtime, told.st_size
 
 
+def _create(path: str, _: int) -> int:
+    """A new file for its owner alone, never one that somebody else has put there."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
 def _own(folder: Path) -> int:
     """Make the folder and lock it; the kernel lets go of the lock when the process ends, however it ends."""
+    check_usable(folder)
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise DiskError(f"{folder}: cannot be used for chunks: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
+        owner = os.read(lock, MAX_PID).decode(errors="replace").strip()
         os.close(lock)
-        raise DiskError(f"{folder}: another engine keeps its chunks there") from None
+        raise DiskError(f"{folder}: another engine (pid {owner or 'unknown'}) keeps its chunks there") from None
+    except OSError as error:
+        os.close(lock)
+        raise DiskError(f"{folder}: cannot be locked: {error.strerror}") from None
+    with contextlib.suppress(OSError):  # on a full disk it is just not told
+        os.ftruncate(lock, 0)
+        os.write(lock, str(os.getpid()).encode())
     return lock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from lmcache_api.checksums import ranges_of
 from lmcache_api.component import LoadedChunks, LoadError, Span
 from lmcache_api.embedded import disk
-from lmcache_api.embedded.backends import Backend, StorageBackends
+from lmcache_api.embedded.backends import Backend, StorageBackends, folder_name
 from lmcache_api.embedded.keys import Chunk, ChunkKeys
 from lmcache_api.embedded.layout import KVLayout, PagedKVCache, pattern
 from lmcache_api.embedded.memory import LocalCPUBackend
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PINNING_LOOKUPS = 1024
 """Lookups that may hold chunks at once; further ones hold none."""
+
+UNUSABLE = "no plain file of YAML with keys at the top, or too large"
 
 _FILE_SYSTEM = "fs://"
 
@@ -55,6 +58,7 @@ class EmbeddedEngine:
     ) -> None:
         self._settings = settings
         self._metrics = metrics
+        self._owner = owner
         self.layout = KVLayout.of(settings())
         self.kv_caches = PagedKVCache(self.layout)
         self._keys = ChunkKeys(settings(), self.layout, worker_id=worker_id, world_size=world_size)
@@ -64,6 +68,11 @@ class EmbeddedEngine:
         self._records_slots = False
         self._pins_lock = threading.Lock()
         self._pins: dict[str, tuple[float, LocalCPUBackend, list[bytes]]] = {}
+
+    @property
+    def settings(self) -> Settings:
+        """Those of now."""
+        return self._settings()
 
     def store(self, tokens: Sequence[int], *, known: int = 0) -> None:
         """Compute the KV of the tokens into the paged KV cache, and keep its chunks.
@@ -172,14 +181,15 @@ class EmbeddedEngine:
         return sum(backend.clear() for backend in found if backend is not None)
 
     def freeze(self, frozen: bool) -> None:
-        self.backends.frozen = frozen
+        self.backends.freeze(frozen)
 
     def is_frozen(self) -> bool:
         return self.backends.frozen
 
     def set_hot_cache(self, enabled: bool) -> None:
-        if self.backends.cpu is not None:
-            self.backends.cpu.set_hot(enabled)
+        cpu = self.backends.cpu
+        if cpu is not None:
+            cpu.set_hot(enabled)
 
     def is_hot_cache_enabled(self) -> bool:
         cpu = self.backends.cpu
@@ -193,9 +203,9 @@ class EmbeddedEngine:
 
     def load_chunks(self, config_path: str, max_chunks: int | None, max_failed_keys: int) -> LoadedChunks:
         """The files are this engine's own (`LocalDiskBackend`), in the folder that the configuration's `remote_url`
-        (`fs://…/FOLDER`) or `local_disk` names."""
+        (`fs://…/FOLDER`) names, or in this worker's below `local_disk`."""
         cpu = self.backends.cpu
-        files = _chunk_files(config_path)
+        files = _chunk_files(config_path, self._owner)
         failed: list[str] = []
         loaded = 0
         for key, path in files[:max_chunks]:
@@ -279,7 +289,7 @@ class EmbeddedEngine:
     def _log_slots(self, operation: str, tokens: int) -> None:
         if self._records_slots:
             slots = ranges_of(range(min(tokens, self.layout.slots)))
-            logger.info("[KVCache Check] %s, tokens=%d, slot_mapping: %s", operation, tokens, slots)
+            logger.info("[KVCache Check] %s: %s, tokens=%d, slot_mapping: %s", self._owner, operation, tokens, slots)
 
 
 def _hit(spans: Sequence[Span]) -> int:
@@ -306,23 +316,22 @@ class _Clock:
             self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - began
 
 
-def _chunk_files(config_path: str) -> list[tuple[bytes, Path]]:
+def _chunk_files(config_path: str, owner: str) -> list[tuple[bytes, Path]]:
     """The chunk files that a configuration leads to.
 
     Raises:
         LoadError: it cannot be read or leads nowhere.
     """
     try:
-        with open(config_path, "rb"):
-            pass
-        values = read_yaml(config_path)
-    except (OSError, ValueError, ConfigError) as error:
-        raise LoadError(f"Invalid configuration file: {error}") from None
+        values = read_yaml(config_path, of_a_caller=True)
+    except ConfigError as error:  # only a system's error is told: others quote what the file holds
+        raise LoadError(f"Invalid configuration file: {error.__cause__ or f'{config_path}: {UNUSABLE}'}") from None
     remote_url, local_disk = values.get("remote_url"), values.get("local_disk")
     if isinstance(remote_url, str) and remote_url.startswith(_FILE_SYSTEM):
         folder = "/" + remote_url.removeprefix(_FILE_SYSTEM).partition("/")[2]
     elif isinstance(local_disk, str):
-        folder = local_disk.removeprefix("file://")
+        below = os.path.join(local_disk.removeprefix("file://"), folder_name(owner))
+        folder = below if os.path.isdir(below) else os.path.dirname(below)
     else:
         raise LoadError(
             f"Invalid configuration file: {config_path}: expected remote_url: fs://HOST:PORT/FOLDER or local_disk"

@@ -148,7 +148,8 @@ class PagedKVCache:
 def pattern(key: bytes, size: int) -> bytes:
     """Bytes that look random and are the same for the same key: what a model would compute for it."""
     block = hashlib.shake_128(key).digest(min(size, PATTERN_BYTES))
-    return (block * -(-size // max(1, len(block))))[:size]
+    count = -(-size // max(1, len(block)))
+    return b"".join(block[turn % len(block) :] + block[: turn % len(block)] for turn in range(count))[:size]
 
 
 def _runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -67,7 +67,6 @@ class ConversationLoad(PeriodicThread):
 
     def _request(self) -> int:
         """One turn of a conversation; the tokens of its prompt that were not computed."""
-        settings = self._settings()
         slot = self._random.randrange(CONVERSATIONS)
         said = self._conversations.get(slot)
         if said is None or len(said) > MAX_PROMPT_TOKENS or self._random.random() < END_PROBABILITY:
@@ -76,19 +75,19 @@ class ConversationLoad(PeriodicThread):
         request_id = f"load-{next(self._numbers)}"
         client = self._lookup.client
         hit = client.lookup(prompt) if client is not None else 0
-        known = hit if hit and hit >= settings.min_retrieve_tokens else 0
         answer = self._tokens(64, 256)
-        whole = prompt + answer if settings.save_decode_cache else prompt
         for worker in self._workers:
-            worker.pin(prompt[:known], request_id)
+            settings = worker.settings
+            wanted = hit if hit >= settings.min_retrieve_tokens else 0
+            worker.pin(prompt[:wanted], request_id)
             try:
-                known_here = worker.retrieve(prompt[:known]) if known else 0
-                worker.store(whole, known=known_here)
+                known = worker.retrieve(prompt[:wanted]) if wanted else 0
+                worker.store(prompt + answer if settings.save_decode_cache else prompt, known=known)
             finally:
                 worker.unpin(request_id)
         self._conversations[slot] = prompt + answer
         self._metrics.add("num_prompt_tokens", len(prompt))
-        return known
+        return hit
 
     def _tokens(self, at_least: int, at_most: int) -> list[int]:
         return self._random.choices(range(VOCABULARY), k=self._random.randint(at_least, at_most))

@@ -5,23 +5,26 @@ A worker of the same process is asked directly, another one over its internal AP
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from lmcache_api.component import Unavailable
 from lmcache_api.embedded.calls import ask
 from lmcache_api.embedded.keys import ChunkKeys
 from lmcache_api.embedded.statistics import EmbeddedChunkStatistics
 from lmcache_shared.address import Address
+from lmcache_shared.blocking import together
 from lmcache_shared.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-MAX_ASKED_AT_ONCE = 8
+MAX_ASKED_AT_ONCE = 64
+MARGIN_SECONDS = 0.25
+"""For threads that begin late, so that a worker that is silent is told as such."""
+
 NO_CLIENT = "None"
 
 
@@ -43,9 +46,13 @@ class RemoteWorker:
         self.address = address
         self._settings = settings
 
+    @property
+    def seconds(self) -> float:
+        """How long it may take to answer."""
+        return self._settings().lookup_timeout_ms / 1000
+
     def hit_tokens(self, tokens: Sequence[int]) -> int:
-        seconds = self._settings().lookup_timeout_ms / 1000
-        answer = ask(self.address, "POST", "/cache/lookup", {"tokens": list(tokens)}, seconds=seconds)
+        answer = ask(self.address, "POST", "/cache/lookup", {"tokens": list(tokens)}, seconds=self.seconds)
         hit = answer.get("num_hit_tokens")
         if type(hit) is not int or not 0 <= hit <= len(tokens):
             raise OSError(f"{self.address}: no answer that can be used: num_hit_tokens is not from 0 to {len(tokens)}")
@@ -68,12 +75,8 @@ class EmbeddedLookupClient:
         self._keys = keys
         self.statistics = statistics
 
-    def hits(self, tokens: Sequence[int]) -> Mapping[int, int]:
-        found = self._ask(tokens)
-        silent = [f"worker {worker}: {error}" for worker, error in found.items() if isinstance(error, OSError)]
-        if silent:
-            raise Unavailable("; ".join(silent))
-        return {worker: hit for worker, hit in found.items() if isinstance(hit, int)}
+    def hits(self, tokens: Sequence[int]) -> Mapping[int, int | OSError]:
+        return self._ask(tokens)
 
     def lookup(self, tokens: Sequence[int]) -> int:
         """The hit of a request, which is counted. A worker that does not answer has nothing, as in LMCache."""
@@ -86,20 +89,24 @@ class EmbeddedLookupClient:
     @property
     def name(self) -> str:
         """As LMCache tells a client within a client."""
-        own = type(self).__name__
-        return own if self.statistics is None else f"ChunkStatisticsLookupClient({own})"
+        return _class_name(counts=self.statistics is not None)
 
     def _ask(self, tokens: Sequence[int]) -> dict[int, int | OSError]:
-        def ask(worker: Worker) -> int | OSError:
-            try:
-                return worker.hit_tokens(tokens)
-            except OSError as error:
-                return error
+        remote = [worker for worker in self._workers.values() if isinstance(worker, RemoteWorker)]
+        if not remote:
+            return {number: worker.hit_tokens(tokens) for number, worker in self._workers.items()}
+        seconds = max(worker.seconds for worker in remote) + MARGIN_SECONDS
+        calls = [functools.partial(worker.hit_tokens, tokens) for worker in self._workers.values()]
+        answers = together(calls, at_once=MAX_ASKED_AT_ONCE, seconds=seconds)
+        return {number: _hit(answer) for number, answer in zip(self._workers, answers, strict=True)}
 
-        if not any(isinstance(worker, RemoteWorker) for worker in self._workers.values()):
-            return {number: ask(worker) for number, worker in self._workers.items()}
-        with ThreadPoolExecutor(min(len(self._workers), MAX_ASKED_AT_ONCE)) as pool:
-            return dict(zip(self._workers, pool.map(ask, self._workers.values()), strict=True))
+
+def _hit(answer: int | BaseException | None) -> int | OSError:
+    if answer is None:
+        return TimeoutError("timed out")
+    if isinstance(answer, int | OSError):
+        return answer
+    raise answer
 
 
 class SchedulerLookup:
@@ -122,7 +129,7 @@ class SchedulerLookup:
 
     def create(self, *, dryrun: bool) -> dict[str, Any]:
         if dryrun:
-            return {"new": _name(self._make()), "dryrun": True}
+            return {"new": _class_name(counts=self._settings().enable_chunk_statistics), "dryrun": True}
         with self._lock:
             self.client = self._make()
             return {"new": _name(self.client)}
@@ -156,6 +163,11 @@ class WorkerLookup:
 
     def recreate(self) -> dict[str, Any]:
         return {"error": "lookup server not available"}
+
+
+def _class_name(*, counts: bool) -> str:
+    own = EmbeddedLookupClient.__name__
+    return f"ChunkStatisticsLookupClient({own})" if counts else own
 
 
 def _name(client: EmbeddedLookupClient | None) -> str:

@@ -25,6 +25,7 @@ class LocalCPUBackend:
         self._token_bytes = token_bytes
         self._count = count
         self._hot = hot
+        self._frozen = False
         self._lock = threading.Lock()
         self._chunks: OrderedDict[bytes, bytes] = OrderedDict()  # the least recently used first
         self._pinned: dict[bytes, bytes] = {}
@@ -43,12 +44,17 @@ class LocalCPUBackend:
             if not hot:
                 self._clear()
 
+    def set_frozen(self, frozen: bool) -> None:
+        """Frozen, it admits nothing."""
+        with self._lock:
+            self._frozen = frozen
+
     def put(self, key: bytes, data: bytes) -> bool:
         """Keep a chunk; whether it is here now."""
         with self._lock:
             if key in self._chunks or key in self._pinned:
                 return True
-            if not self._hot or not self._make_room(len(data)):
+            if not self._hot or self._frozen or not self._make_room(len(data)):
                 return False
             self._chunks[key] = data
             self._used += len(data)

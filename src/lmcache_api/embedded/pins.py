@@ -14,7 +14,8 @@ class PinMonitor(PeriodicThread):
         self._engine = engine
 
     def run_once(self) -> tuple[str, dict[str, str]]:
-        pinned = self._engine.backends.cpu.pinned if self._engine.backends.cpu else 0
+        cpu = self._engine.backends.cpu
+        pinned = cpu.pinned if cpu is not None else 0
         forced = self._engine.unpin_expired()
         details = {"pinned_count": str(pinned), "timeout_count": str(forced), "force_unpin_count": str(forced)}
         return f"Checked {pinned} objects, {forced} timeouts, {forced} force unpinned", details

@@ -5,13 +5,16 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from lmcache_api.component import Backends, Engine, Unavailable
+from lmcache_api.component import Backends, Engine
 from lmcache_api.operations import on_engine
+from lmcache_shared.errors import Failure
 from lmcache_shared.responses import json_response
 
 router = web.RouteTableDef()
 
 T = TypeVar("T")
+
+API = "/backends API"
 
 
 @router.get("/backends")
@@ -53,10 +56,10 @@ async def recreate(request: web.Request) -> web.Response:
 async def _ask(request: web.Request, operation: Callable[[Backends], T], what: str) -> T:
     def ask(engine: Engine) -> T:
         if engine.backends is None:
-            raise Unavailable("StorageManager not initialized.")
+            raise Failure(503, f"{API} is unavailable", "LMCache engine not configured.")
         return operation(engine.backends)
 
-    return await on_engine(request, ask, what, api="/backends API")
+    return await on_engine(request, ask, what, api=API)
 
 
 def _not_found(name: str, backends: object) -> web.Response:

@@ -4,7 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
-from lmcache_api.component import Backends, Engine, Unavailable
+from lmcache_api.component import Backends, Engine
 from lmcache_api.operations import engine_of, on_engine
 from lmcache_shared.errors import Failure
 from lmcache_shared.responses import json_response
@@ -47,7 +47,7 @@ async def _set(request: web.Request, bypass: bool) -> web.Response:
     def set_bypass(engine: Engine) -> dict[str, Any]:
         backends = _backends(engine)
         names = list(backends.classes())
-        if name not in names:
+        if name not in names and (bypass or name not in backends.bypassed()):  # a bypass outlives its backend
             raise Failure(400, "Unknown backend", f"Backend '{name}' not found. Available: {names}")
         before = backends.set_bypass(name, bypass)
         return {
@@ -64,5 +64,5 @@ async def _set(request: web.Request, bypass: bool) -> web.Response:
 
 def _backends(engine: Engine) -> Backends:
     if engine.backends is None:
-        raise Unavailable("StorageManager not initialized.")
+        raise Failure(503, f"{API} is unavailable", "StorageManager not initialized.")
     return engine.backends

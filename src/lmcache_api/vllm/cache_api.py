@@ -1,6 +1,7 @@
 """`/cache/store`, `/cache/retrieve`, `/cache/lookup` and `/cache/clear`: the engine's chunks."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from aiohttp import web
 
@@ -8,11 +9,15 @@ from lmcache_api.app import COMPONENT
 from lmcache_api.component import LookupClient
 from lmcache_api.operations import attempt, engine_of, on_engine
 from lmcache_api.tokens import read_tokens
+from lmcache_shared.errors import Failure
 from lmcache_shared.responses import json_response
 
 router = web.RouteTableDef()
 
 API = "LMCache API"
+
+MAX_SPANS = 1000
+"""The most that one answer tells."""
 
 
 @router.post("/cache/store")
@@ -38,9 +43,8 @@ async def retrieve(request: web.Request) -> web.Response:
 async def lookup(request: web.Request) -> web.Response:
     """How many of the tokens are known and where they lie; a scheduler asks its workers. Nothing changes by asking."""
     component = request.app[COMPONENT]
-    client = component.lookup_client if component.engine is None else None
-    if client is not None:
-        return await _lookup_on_workers(request, client)
+    if component.engine is None and component.role == "scheduler":
+        return await _lookup_on_workers(request, component.lookup_client)
     engine = engine_of(request, API)
     tokens = await read_tokens(request)
     spans = await attempt(request, lambda: engine.lookup(tokens), "look up cache")
@@ -49,23 +53,35 @@ async def lookup(request: web.Request) -> web.Response:
         "num_tokens": len(tokens),
         "num_hit_tokens": spans[-1].end if spans else 0,
         "num_hit_chunks": sum(span.chunks for span in spans),
+        "num_spans": len(spans),
         "spans": [
-            {"start": span.start, "end": span.end, "chunks": span.chunks, "locations": span.locations} for span in spans
+            {"start": span.start, "end": span.end, "chunks": span.chunks, "locations": span.locations}
+            for span in spans[:MAX_SPANS]
         ],
     }
     return json_response(answer, indent=2)
 
 
-async def _lookup_on_workers(request: web.Request, client: LookupClient) -> web.Response:
+async def _lookup_on_workers(request: web.Request, client: LookupClient | None) -> web.Response:
+    if client is None:
+        raise Failure(503, f"{API} is unavailable", "There is no lookup client; POST /lookup/create makes one.")
     tokens = await read_tokens(request)
     hits = await attempt(request, lambda: client.hits(tokens), "look up cache")
+    workers = [_told_of_worker(worker, hit) for worker, hit in sorted(hits.items())]
     answer = {
         "status": "success",
         "num_tokens": len(tokens),
-        "num_hit_tokens": min(hits.values(), default=0),
-        "workers": [{"worker_id": worker, "num_hit_tokens": hit} for worker, hit in sorted(hits.items())],
+        "num_hit_tokens": min((worker["num_hit_tokens"] for worker in workers), default=0),
+        "workers": workers,
     }
     return json_response(answer, indent=2)
+
+
+def _told_of_worker(worker: int, hit: int | OSError) -> dict[str, Any]:
+    """A worker that does not answer has nothing, as for a request's lookup, and `error` says why."""
+    if isinstance(hit, OSError):
+        return {"worker_id": worker, "num_hit_tokens": 0, "error": str(hit)}
+    return {"worker_id": worker, "num_hit_tokens": hit}
 
 
 @router.delete("/cache/clear")

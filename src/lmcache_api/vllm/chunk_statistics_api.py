@@ -57,7 +57,11 @@ def _statistics(request: web.Request) -> ChunkStatistics:
     if client is None:
         raise Failure(503, "API unavailable", "Lookup client not configured.")
     if client.statistics is None:
-        raise Failure(400, "Not available", "Client does not support statistics.")
+        raise Failure(
+            400,
+            "Not available",
+            "Client does not support statistics. Set enable_chunk_statistics, then POST /lookup/recreate.",
+        )
     return client.statistics
 
 

@@ -37,14 +37,22 @@ async def update(request: web.Request) -> web.Response:
     configuration = request.app[COMPONENT].configuration
 
     def change() -> tuple[Any, Mapping[str, str]]:
-        updated, errors = configuration.update(values)
-        return _shown(request, updated), errors
+        masked = [name for name, value in values.items() if _holds_mask(value)]
+        updated, errors = configuration.update({name: value for name, value in values.items() if name not in masked})
+        return _shown(request, updated), {**errors, **dict.fromkeys(masked, f"{secrets.MASK} is a mask and no value")}
 
     updated, errors = await attempt(request, change, "change the settings", pool=POOL)
     answer: dict[str, Any] = {"updated": updated}
     if errors:
         answer["errors"] = errors
     return json_response(answer, status=400 if errors and not updated else 200)
+
+
+def _holds_mask(value: object) -> bool:
+    """Whether it is what `GET /conf` shows for a secret: written back, it would replace it."""
+    if isinstance(value, dict):
+        return any(_holds_mask(inner) for inner in value.values())
+    return value == secrets.MASK
 
 
 def _shown(request: web.Request, values: object) -> Any:

@@ -35,7 +35,8 @@ async def _set(request: web.Request, enabled: bool) -> web.Response:
 
     def set_and_look(engine: Engine) -> None:
         engine.set_hot_cache(enabled)
-        if engine.is_hot_cache_enabled() != enabled:
+        backends = engine.backends
+        if enabled and backends is not None and "LocalCPUBackend" not in backends.classes():
             raise Unavailable("there is no LocalCPUBackend; POST /backends makes it again")
 
     await on_engine(request, set_and_look, f"{verb} hot cache", api=API)

@@ -20,14 +20,15 @@ class MetaQuery:
 
 @router.get("/meta")
 async def meta(request: web.Request) -> web.Response:
-    """The metadata, or those of the comma list `names` that exist; JSON text as plain text, secrets as `***`.
-
-    They hold what vLLM's command line says to its connector.
-    """
+    """The metadata, or those of the comma list `names` that exist; JSON text as plain text, secrets as `***`."""
     query = parse_query(request, MetaQuery)
     component = request.app[COMPONENT]
-    metadata = await call(request, component.metadata, "reading the metadata") or {}
-    if query.names:
-        metadata = {name: metadata[name] for name in query.names.split(",") if name in metadata}
-    masks = component.settings.internal_api_server_env_mask or ()
-    return text_response(json.dumps(secrets.masked_within(plain(metadata), extra_names=masks), indent=2))
+
+    def read() -> object:
+        metadata = component.metadata() or {}
+        if query.names:
+            metadata = {name: metadata[name] for name in query.names.split(",") if name in metadata}
+        mask = component.settings.internal_api_server_env_mask or ()
+        return secrets.masked_within(plain(metadata), extra_names=mask)
+
+    return text_response(json.dumps(await call(request, read, "reading the metadata"), indent=2))

@@ -162,7 +162,7 @@ def pause(interval: float, failures: int) -> float:
         return interval
     longest = max(interval, MAX_PAUSE_SECONDS)
     doubled = interval * 2 ** min(failures - 1, 16)
-    return min(longest, doubled) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads, keeps no secret
+    return float(min(longest, doubled)) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads, keeps no secret
 
 
 async def address_towards(url: URL) -> str:
