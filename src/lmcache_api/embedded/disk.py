@@ -210,6 +210,8 @@ class LocalDiskBackend:
                 self._warn("chunk %s is dropped: %s", path, error)
                 path.unlink(missing_ok=True)
                 continue
+            except FileNotFoundError:  # the backend before this one was cleared meanwhile
+                continue
             except OSError as error:
                 self._warn("chunk %s cannot be read and is left alone: %s", path, error)
                 continue
