@@ -41,13 +41,13 @@ def arguments(folder: Path) -> list[str]:
 def test_it_says_when_it_is_ready_and_ctrl_c_stops_all_of_it(folder: Path, arguments: list[str]) -> None:
     with running(CLUSTER, *arguments) as cluster:
         text = read_until(cluster, "Ctrl-C")
-        names = ["lmcache_scheduler", "lmcache_worker0", "lmcache_worker1"]
-        for name, port in zip(names, (6999, 7000, 7001), strict=True):
+        names = ["lmcache_scheduler", "lmcache_worker0", "lmcache_worker1", "lmcache_controller"]
+        for name, port in zip(names, (6999, 7000, 7001, 9000), strict=True):
             assert re.search(rf"{name} +{folder}/run/socket_{port}\n", text)
         dashboard = re.search(r"Dashboard: (\S+)", text)
         assert dashboard
         with urllib.request.urlopen(dashboard[1], timeout=10) as response:
-            assert b"3 up" in response.read()
+            assert b"4 up" in response.read()
         curls = re.findall(r"^  (curl .*)$", text, re.MULTILINE)
         assert len(curls) == 2
         answers = [subprocess.run(c, shell=True, capture_output=True, text=True, timeout=20).stdout for c in curls]
@@ -58,7 +58,7 @@ def test_it_says_when_it_is_ready_and_ctrl_c_stops_all_of_it(folder: Path, argum
         assert [child["name"] for child in nodes["nodes"][0]["children"]] == names
         _ask_as_the_readme_does(folder, arguments[-1])
         children = children_of(cluster.pid)
-        assert len(children) == 2
+        assert len(children) == 3
         begun = time.monotonic()
         os.kill(cluster.pid, signal.SIGINT)
         assert cluster.wait(10) == 0
@@ -164,10 +164,11 @@ def test_when_it_is_killed_its_children_end_too(folder: Path, arguments: list[st
 def test_a_child_that_ends_ends_the_cluster(folder: Path, arguments: list[str]) -> None:
     with running(CLUSTER, *arguments) as cluster:
         read_until(cluster, "Ctrl-C")
-        victim, other = children_of(cluster.pid)
+        victim, *others = children_of(cluster.pid)
         os.kill(victim, signal.SIGKILL)
         assert cluster.wait(10) == 1
-        assert wait_until_gone([other], 0.5) == []
+        assert len(others) == 2
+        assert wait_until_gone(others, 0.5) == []
         assert cluster.stderr is not None
         assert " ended with code -9" in cluster.stderr.read()
 
