@@ -56,6 +56,12 @@ def test_it_says_when_it_is_ready_and_ctrl_c_stops_all_of_it(folder: Path, argum
         assert "%252F" in curls[1]
         nodes = json.loads(urllib.request.urlopen(f"{dashboard[1]}api/nodes", timeout=10).read())
         assert [child["name"] for child in nodes["nodes"][0]["children"]] == names
+        controller = f"{dashboard[1]}proxy2/lmcache_controller"
+        deadline = time.monotonic() + 20
+        while _json(f"{controller}/controller/workers")["total_count"] < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert _json(f"{controller}/meta") == {"role": "controller"}
         _ask_as_the_readme_does(folder, arguments[-1])
         children = children_of(cluster.pid)
         assert len(children) == 3
@@ -191,9 +197,10 @@ def test_a_port_in_use(folder: Path, arguments: list[str]) -> None:
     assert not (folder / "run").exists()
 
 
-def test_a_server_that_still_lives(folder: Path, arguments: list[str]) -> None:
+@pytest.mark.parametrize("port", [7001, 9000])
+def test_a_server_that_still_lives(folder: Path, arguments: list[str], port: int) -> None:
     (folder / "run").mkdir()
-    path = folder / "run" / "socket_7001"
+    path = folder / "run" / f"socket_{port}"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
         sock.listen()
@@ -219,6 +226,7 @@ def test_a_configuration_that_is_broken(folder: Path, arguments: list[str]) -> N
     [
         ("internal_api_server_enabled: false", [], "internal_api_server_enabled is false; there is nothing to start"),
         ("internal_api_server_include_index_list: [9]", [], "[9]: none of the components is in it"),
+        ("  controller_port: 7000", [], "controller_port=7000: lmcache_worker0 has "),
         ("", ["--workers", "-1"], "WORKERS=-1: expected 0 to 1024"),
         ("", ["--port", "80x"], "PORT=80x: '80x': expected a port from 1 to 65535"),
     ],

@@ -102,6 +102,8 @@ class EmbeddedController:
         self._workers: dict[tuple[str, int], Registered] = {}
         self._events: OrderedDict[str, Event] = OrderedDict()
         self._fan_out = FanOut()
+        self._forgot = 0.0
+        """When silent workers were last forgotten, by the monotonic clock."""
 
     async def key_stats(self) -> Mapping[str, Any]:
         present = self._present()
@@ -151,7 +153,7 @@ class EmbeddedController:
         key = (report.instance_id, report.worker_id)
         known = self._known(*key)
         if known is None and len(self._workers) >= MAX_REPORTED:
-            self._workers = {(worker.instance_id, worker.worker_id): worker for worker in self._present()}
+            self._forget_the_silent()
             if len(self._workers) >= MAX_REPORTED:
                 raise ControllerError(503, f"{MAX_REPORTED} workers are registered; no further one is taken")
         now = time.time()
@@ -246,6 +248,13 @@ class EmbeddedController:
         """The workers that have reported of late, by instance and id; metrics ask from another thread."""
         found = [worker for worker in tuple(self._workers.values()) if self._is_present(worker)]
         return sorted(found, key=lambda worker: (worker.instance_id, worker.worker_id))
+
+    def _forget_the_silent(self) -> None:
+        """Make room; not at every report of a flood, as it looks at every worker."""
+        now = time.monotonic()
+        if now - self._forgot >= self._settings().controller_worker_seconds / 10:
+            self._workers = {key: worker for key, worker in self._workers.items() if self._is_present(worker)}
+            self._forgot = now
 
     def _is_present(self, worker: Registered) -> bool:
         return time.monotonic() - worker.reported <= self._settings().controller_worker_seconds
