@@ -254,7 +254,7 @@ async def test_tokens_as_pydantic_reads_them(here: RunningApi) -> None:
         assert (status, answer["layout_info"]) == (200, {})
 
 
-async def test_too_many_tokens_and_too_large_bodies(api_server: StartApi) -> None:
+async def test_too_many_tokens_and_too_large_bodies(api_server: StartApi, here: RunningApi) -> None:
     server = await api_server("controller", internal_api_server_max_tokens=100)
     assert (await ask(server, "POST", "/lookup", json={"tokens": [1] * 100}))[0] == 200
     message = "101 tokens, but internal_api_server_max_tokens allows 100 at once"
@@ -263,7 +263,7 @@ async def test_too_many_tokens_and_too_large_bodies(api_server: StartApi) -> Non
         assert (status, answer) == (400, {"detail": message})
         large = b'{"tokens": [' + b"1" * 6000 + b"]}"
         assert (await ask(server, "POST", f"/{operation}", data=large))[0] == 413
-    assert (await ask(server, "POST", "/health", data=io.BytesIO(b" " * (1 << 20) + b"x")))[0] == 413
+    assert (await ask(here, "POST", "/health", data=io.BytesIO(b" " * (1 << 20) + b"x")))[0] == 413
     assert (await report(server, "8000", other="x" * 5000))[0] == 413
     deep = b'{"tokens": ' + b"[" * 1000 + b"]" * 1000 + b"}"
     assert (await ask(server, "POST", "/lookup", data=deep))[0] == 422
@@ -403,8 +403,11 @@ PREFIX = "/run/lm/socket"
 
 @pytest.mark.parametrize(
     "path",
-    ["/run/docker.sock", f"{PREFIX}/../../docker.sock", f"{PREFIX}_1/../x", f"{PREFIX}_", f"{PREFIX}x_1", 
-     f"{PREFIX}_1x", f"{PREFIX}_123456", f"{PREFIX}_7000\n", f"{PREFIX}_\u0661", f"x{PREFIX}_1", f"//{PREFIX}_1", PREFIX, "/"],
+    [
+        "/run/docker.sock", f"{PREFIX}/../../docker.sock", f"{PREFIX}_1/../x", f"{PREFIX}_", f"{PREFIX}x_1",
+        f"{PREFIX}_1x", f"{PREFIX}_123456", f"{PREFIX}_7000\n", f"{PREFIX}_\u0661", f"x{PREFIX}_1", f"//{PREFIX}_1",
+        PREFIX, "/",
+    ],
 )  # fmt: skip
 async def test_sockets_that_are_none_of_the_deployment(path: str) -> None:
     for settings in ({"internal_api_server_socket_path_prefix": PREFIX}, {}):
@@ -698,6 +701,7 @@ async def test_so_many_are_asked_at_once(serve: Serve, monkeypatch: pytest.Monke
     found = await asyncio.gather(*(asking.ask(address, question, 10) for _ in range(fan_out.ASKED_OF_ONE)))
     assert found == [{"status": "success", "healthy": True}] * 8
     assert most == 5
+    assert asking._asked == {}  # nothing is kept of addresses that were asked once
 
 
 async def test_events_are_bounded(monkeypatch: pytest.MonkeyPatch, here: RunningApi, serve: Serve) -> None:
@@ -807,7 +811,8 @@ async def test_a_million_tokens_to_many_workers_leave_the_loop_free(here: Runnin
 
     for number in range(16):
         await report(here, str(await serve(swallows)), worker_id=number)
-    body = json.dumps({"tokens": list(range(100_000, 100_000 + size))}).encode()
+    tokens = [str(token) for token in range(100_000, 100_000 + size)]  # each is looked at, unlike plain numbers
+    body = json.dumps({"tokens": tokens}, separators=(",", ":")).encode()
     longest, stop = 0.0, asyncio.Event()
 
     async def ticks() -> None:
