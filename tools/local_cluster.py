@@ -1,4 +1,4 @@
-"""`make run`: a local cluster of a scheduler and workers, with the frontend before them, until Ctrl-C.
+"""`make run`: a local cluster of a scheduler, workers and a controller, with the frontend before them, until Ctrl-C.
 
 Everything is looked at before anything is started, so that a port in use, a live socket or a folder that cannot be
 written is one line and exit code 2.
@@ -22,7 +22,7 @@ from lmcache_shared import config
 from lmcache_shared.address import TcpAddress, tcp_address
 from lmcache_shared.errors import START_FAILED, AddressError, ConfigError, StartError
 from lmcache_shared.listen import check_address_free
-from lmcache_shared.placement import MAX_WORKERS, Placement, place, serves
+from lmcache_shared.placement import CONTROLLER_INDEX, MAX_WORKERS, Placement, place, serves
 from lmcache_shared.settings import Settings
 
 READY_SECONDS = 20.0
@@ -62,13 +62,24 @@ def _run(options: argparse.Namespace, stop: threading.Event, children: list[Chil
     frontend = _frontend_address(options)
     for address in [frontend, *(placement.address for placement in placements)]:
         check_address_free(address)
-    api = ["lmcache_api", "--config", options.config, "--workers", str(options.workers), "--log-level", "warning"]
-    changed = ["--set", f"internal_api_server_drain_seconds={DRAIN_SECONDS}", "--set", f"engine_load={options.load}"]
+    api = ["lmcache_api", "--config", options.config, "--log-level", "warning"]
+    api += ["--set", f"internal_api_server_drain_seconds={DRAIN_SECONDS}"]
+    workers = [
+        "--workers",
+        str(options.workers),
+        "--set",
+        "enable_controller=true",
+        "--set",
+        f"engine_load={options.load}",
+    ]
+    if settings.controller_address is not None:  # in this cluster the workers report to this controller
+        workers += ["--set", f"controller_address={placements[-1].address}"]
     nodes = ["--nodes", json.dumps([placement.node for placement in placements])]
     prefix = ["--socket-prefix", settings.internal_api_server_socket_path_prefix or ""]
     listen = ["--host", options.host, "--port", str(frontend.port)]
     for name, command, servers in (
-        ("the internal API servers", [*api, *changed], len(placements)),
+        ("the controller", [*api, "--role", "controller"], 1),
+        ("the internal API servers", [*api, *workers], len(placements) - 1),
         ("the frontend", ["lmcache_frontend", *listen, *prefix, *nodes], 1),
     ):
         child = Child(name, command)
@@ -88,6 +99,7 @@ def _run(options: argparse.Namespace, stop: threading.Event, children: list[Chil
 
 
 def _placements(options: argparse.Namespace, settings: Settings) -> list[Placement]:
+    """Those of the scheduler and the workers that serve, and at the end the controller's."""
     if "internal_api_server_enabled" in settings.given and not settings.internal_api_server_enabled:
         raise ConfigError(f"{options.config}: internal_api_server_enabled is false; there is nothing to start")
     if not 0 <= options.workers <= MAX_WORKERS:
@@ -96,6 +108,12 @@ def _placements(options: argparse.Namespace, settings: Settings) -> list[Placeme
     if not placements:
         included = settings.internal_api_server_include_index_list
         raise ConfigError(f"internal_api_server_include_index_list {included}: none of the components is in it")
+    placements.append(place(settings, CONTROLLER_INDEX))
+    for placement in placements[:-1]:
+        if placement.address == placements[-1].address:
+            raise ConfigError(
+                f"controller_port={settings.controller_port}: {placement.name} has {placement.address} too"
+            )
     return placements
 
 

@@ -257,7 +257,8 @@ class Controller(Protocol):
     async def report(self, report: WorkerReport, caller: str | None) -> Mapping[str, Any]:
         """A worker tells that it is there; `caller` is the address it calls from, `None` on a Unix socket."""
 
-    async def leave(self, instance_id: str, worker_id: int) -> None: ...
+    async def leave(self, instance_id: str, worker_id: int, caller: str | None) -> None:
+        """A worker tells that it goes; `caller` as in `report`."""
 
     async def operate(self, operation: Operation) -> Mapping[str, Any]: ...
 
@@ -285,7 +286,7 @@ class Operation:
 
 
 class ControllerError(OpsError):
-    """Why the controller does not do it, and the status that says so: 404 unknown, 501 not possible, 500 failed."""
+    """Why the controller does not do it, and the status that says so: 404 unknown, 501 not possible, 500 failed, …"""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)

@@ -22,10 +22,10 @@ import aiohttp
 import pytest_asyncio
 
 from lmcache_api.component import Component
-from lmcache_api.embedded import EmbeddedComponent
+from lmcache_api.embedded import EmbeddedComponent, EmbeddedControllerComponent
 from lmcache_api.server import ComponentServer
 from lmcache_shared.address import Address, TcpAddress
-from lmcache_shared.placement import SCHEDULER_INDEX, Role
+from lmcache_shared.placement import CONTROLLER_INDEX, SCHEDULER_INDEX, Role
 from lmcache_shared.settings import Settings
 
 
@@ -47,7 +47,8 @@ async def api_server() -> AsyncIterator[StartApi]:
     """Start a server: `await api_server(role="worker", worker_id=0, tcp=False, **settings)`.
 
     Each listens on a Unix socket in a temporary folder, or with `tcp=True` on a free port of 127.0.0.1; what
-    `component(settings, index)` makes is served, the embedded component by default. The test's end stops all of them.
+    `component(settings, index)` makes is served, by default the embedded component of the role, which may be
+    `controller` too. The test's end stops all of them.
     """
     async with contextlib.AsyncExitStack() as stack:
 
@@ -56,17 +57,19 @@ async def api_server() -> AsyncIterator[StartApi]:
             *,
             worker_id: int = 0,
             tcp: bool = False,
-            component: Callable[[Settings, int], Any] = EmbeddedComponent,
+            component: Callable[[Settings, int], Any] | None = None,
             **settings: Any,
         ) -> RunningApi:
-            index = SCHEDULER_INDEX if role == "scheduler" else 1 + worker_id
-            if tcp:
+            index = {"controller": CONTROLLER_INDEX, "scheduler": SCHEDULER_INDEX, "worker": 1 + worker_id}[role]
+            if tcp and role == "controller":
+                settings.setdefault("controller_port", free_port())
+            elif tcp:
                 settings.setdefault("internal_api_server_port_start", free_port() - index)
             else:
                 folder = tempfile.mkdtemp(prefix="lmc")  # short: a socket's path has 107 bytes at most
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
                 settings.setdefault("internal_api_server_socket_path_prefix", f"{folder}/socket")
-            made = component(Settings(internal_api_server_enabled=True, **settings), index)
+            made = (component or _embedded)(Settings(internal_api_server_enabled=True, **settings), index)
             if isinstance(made, contextlib.AbstractContextManager):
                 stack.enter_context(made)
             server = await stack.enter_async_context(ComponentServer(made))
@@ -74,6 +77,10 @@ async def api_server() -> AsyncIterator[StartApi]:
             return RunningApi(made, server.placement.address, server.placement.node, client)
 
         yield start
+
+
+def _embedded(settings: Settings, index: int) -> EmbeddedComponent | EmbeddedControllerComponent:
+    return EmbeddedControllerComponent(settings) if index == CONTROLLER_INDEX else EmbeddedComponent(settings, index)
 
 
 def client_for(address: Address) -> aiohttp.ClientSession:

@@ -75,5 +75,6 @@ def _address(settings: Settings, index: int) -> Address:
             return unix_address(f"{prefix}_{port}")
         return tcp_address(settings.internal_api_server_host, port)
     except AddressError as error:
-        key = "internal_api_server_socket_path_prefix" if prefix else "internal_api_server_host and _port_start"
+        port_key = "controller_port" if is_controller else "_port_start"
+        key = "internal_api_server_socket_path_prefix" if prefix else f"internal_api_server_host and {port_key}"
         raise ConfigError(f"{key}: index {index} has no usable address: {error}") from None

@@ -536,7 +536,7 @@ async def test_bypass_needs_a_name(worker: RunningApi) -> None:
         ("/chunk_statistics/start", "POST"),
         ("/chunk_statistics/status", "GET,HEAD"),
         ("/inference_info", "GET,HEAD"),
-        ("/controller/workers", "GET,HEAD"),
+        ("/controller/workers", "GET,HEAD,POST,DELETE"),
     ],
 )
 async def test_other_methods_are_405(worker: RunningApi, path: str, allowed: str) -> None:

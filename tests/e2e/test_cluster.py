@@ -41,13 +41,13 @@ def arguments(folder: Path) -> list[str]:
 def test_it_says_when_it_is_ready_and_ctrl_c_stops_all_of_it(folder: Path, arguments: list[str]) -> None:
     with running(CLUSTER, *arguments) as cluster:
         text = read_until(cluster, "Ctrl-C")
-        names = ["lmcache_scheduler", "lmcache_worker0", "lmcache_worker1"]
-        for name, port in zip(names, (6999, 7000, 7001), strict=True):
+        names = ["lmcache_scheduler", "lmcache_worker0", "lmcache_worker1", "lmcache_controller"]
+        for name, port in zip(names, (6999, 7000, 7001, 9000), strict=True):
             assert re.search(rf"{name} +{folder}/run/socket_{port}\n", text)
         dashboard = re.search(r"Dashboard: (\S+)", text)
         assert dashboard
         with urllib.request.urlopen(dashboard[1], timeout=10) as response:
-            assert b"3 up" in response.read()
+            assert b"4 up" in response.read()
         curls = re.findall(r"^  (curl .*)$", text, re.MULTILINE)
         assert len(curls) == 2
         answers = [subprocess.run(c, shell=True, capture_output=True, text=True, timeout=20).stdout for c in curls]
@@ -56,9 +56,15 @@ def test_it_says_when_it_is_ready_and_ctrl_c_stops_all_of_it(folder: Path, argum
         assert "%252F" in curls[1]
         nodes = json.loads(urllib.request.urlopen(f"{dashboard[1]}api/nodes", timeout=10).read())
         assert [child["name"] for child in nodes["nodes"][0]["children"]] == names
+        controller = f"{dashboard[1]}proxy2/lmcache_controller"
+        deadline = time.monotonic() + 20
+        while _json(f"{controller}/controller/workers")["total_count"] < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert _json(f"{controller}/meta") == {"role": "controller"}
         _ask_as_the_readme_does(folder, arguments[-1])
         children = children_of(cluster.pid)
-        assert len(children) == 2
+        assert len(children) == 3
         begun = time.monotonic()
         os.kill(cluster.pid, signal.SIGINT)
         assert cluster.wait(10) == 0
@@ -164,10 +170,11 @@ def test_when_it_is_killed_its_children_end_too(folder: Path, arguments: list[st
 def test_a_child_that_ends_ends_the_cluster(folder: Path, arguments: list[str]) -> None:
     with running(CLUSTER, *arguments) as cluster:
         read_until(cluster, "Ctrl-C")
-        victim, other = children_of(cluster.pid)
+        victim, *others = children_of(cluster.pid)
         os.kill(victim, signal.SIGKILL)
         assert cluster.wait(10) == 1
-        assert wait_until_gone([other], 0.5) == []
+        assert len(others) == 2
+        assert wait_until_gone(others, 0.5) == []
         assert cluster.stderr is not None
         assert " ended with code -9" in cluster.stderr.read()
 
@@ -190,9 +197,10 @@ def test_a_port_in_use(folder: Path, arguments: list[str]) -> None:
     assert not (folder / "run").exists()
 
 
-def test_a_server_that_still_lives(folder: Path, arguments: list[str]) -> None:
+@pytest.mark.parametrize("port", [7001, 9000])
+def test_a_server_that_still_lives(folder: Path, arguments: list[str], port: int) -> None:
     (folder / "run").mkdir()
-    path = folder / "run" / "socket_7001"
+    path = folder / "run" / f"socket_{port}"
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
         sock.listen()
@@ -218,6 +226,7 @@ def test_a_configuration_that_is_broken(folder: Path, arguments: list[str]) -> N
     [
         ("internal_api_server_enabled: false", [], "internal_api_server_enabled is false; there is nothing to start"),
         ("internal_api_server_include_index_list: [9]", [], "[9]: none of the components is in it"),
+        ("  controller_port: 7000", [], "controller_port=7000: lmcache_worker0 has "),
         ("", ["--workers", "-1"], "WORKERS=-1: expected 0 to 1024"),
         ("", ["--port", "80x"], "PORT=80x: '80x': expected a port from 1 to 65535"),
     ],

@@ -157,6 +157,65 @@ def running_host(python: str, folder: Path) -> Iterator[Host]:
             host.end(ask=host.process.stdin.close)
 
 
+@dataclass
+class Controllers(Child):
+    """LMCache's own controller server and ours on one manager, with two engines registered."""
+
+    theirs: Path
+    ours: Path
+    workers: Sequence[Path]
+    """The sockets of the engines' internal API servers: instances `one` and `two`."""
+
+
+@contextlib.contextmanager
+def running_controllers(python: str, folder: Path) -> Iterator[Controllers]:
+    """`controller_host.py`, and two standalone engines that register with it."""
+    pull, reply, *worker_ports = free_ports(4)
+    theirs, prefix = folder / "their_controller", folder / "c"
+    script = str(Path(__file__).with_name("controller_host.py"))
+    command = [python, script, str(theirs), str(prefix), str(pull), str(reply)]
+    environ = lmcache_environ(folder, PYTHONPATH=str(ROOT / "src"))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+    with contextlib.ExitStack() as stack:
+        child = stack.enter_context(_started(command, folder / "controllers.log", environ=environ, **pipes))
+        sockets = []
+        for name, port in zip(("one", "two"), worker_ports, strict=True):
+            below = folder / name
+            below.mkdir()
+            extra = {
+                "lmcache_instance_id": name,
+                "enable_controller": "true",
+                "controller_pull_url": f"127.0.0.1:{pull}",
+                "controller_reply_url": f"127.0.0.1:{reply}",
+                "lmcache_worker_ports": f"[{port}]",
+            }
+            config = _write_config(below, **extra)
+            engine_command = [python, "-m", "lmcache_api", "--engine", "lmcache", "--config", str(config)]
+            engine_environ = lmcache_environ(below, PYTHONPATH=str(ROOT / "src"))
+            engine = stack.enter_context(_started(engine_command, below / "engine.log", environ=engine_environ))
+            sockets.append((engine, below / f"lm_{WORKER_PORT}"))
+        controllers = Controllers(child.process, child.log, theirs, Path(f"{prefix}_9000"), [s for _, s in sockets])
+        line = child.process.stdout.readline().decode().strip() if child.process.stdout is not None else ""
+        if line != "READY":
+            child.fail(f"the controllers said {line!r}")
+        for engine, at in sockets:
+            ready = functools.partial(_answers, at, "/version")
+            engine.wait_until(ready, seconds=START_SECONDS, what="LMCache")
+        try:
+            yield controllers
+        finally:
+            assert child.process.stdin is not None
+            child.end(ask=child.process.stdin.close)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in socks:
+            sock.bind(("127.0.0.1", 0))
+        return [sock.getsockname()[1] for sock in socks]
+
+
 @contextlib.contextmanager
 def running_program(python: str, folder: Path, *options: str, **variables: str) -> Iterator[Child]:
     """`python -m lmcache_api --engine lmcache` of this project; `Child.log` has what it says."""
@@ -244,11 +303,12 @@ def _started(command: Sequence[str], log: Path, *, environ: Mapping[str, str], *
                     pipe.close()
 
 
-def _write_config(folder: Path) -> Path:
+def _write_config(folder: Path, **extra: str) -> Path:
     disk = folder / "disk"
     disk.mkdir(exist_ok=True)
     config = folder / "lm.yaml"
-    config.write_text(f"""chunk_size: 256
+    config.write_text(
+        f"""chunk_size: 256
 local_cpu: true
 max_local_cpu_size: 1
 local_disk: "file://{disk}/"
@@ -256,7 +316,9 @@ max_local_disk_size: 1
 internal_api_server_enabled: true
 internal_api_server_port_start: {SCHEDULER_PORT}
 internal_api_server_socket_path_prefix: {folder}/lm
-""")
+"""
+        + "".join(f"{key}: {value}\n" for key, value in extra.items())
+    )
     return config
 
 

@@ -9,7 +9,7 @@ from aiohttp.streams import StreamReader
 from aiohttp.test_utils import make_mocked_request
 
 from lmcache_shared.errors import Refusal
-from lmcache_shared.schema import parse_body, parse_query
+from lmcache_shared.schema import body_of, parse_body, parse_query
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,56 @@ async def test_every_problem_of_a_body_is_told() -> None:
 )
 async def test_what_is_no_body(content: bytes, kind: str, where: list[object]) -> None:
     assert await problems(content) == [(kind, where)]
+
+
+@dataclass(frozen=True)
+class Lists:
+    numbers: list[int]
+    names: list[str] | None = None
+
+
+def lists(content: object) -> Lists:
+    return body_of(json.dumps(content).encode(), Lists)
+
+
+def test_lists_with_their_items_as_pydantic_reads_them() -> None:
+    assert lists({"numbers": []}) == Lists([])
+    assert lists({"numbers": [1, "2", 3.0, " 4 "], "names": ["a", ""]}) == Lists([1, 2, 3, 4], ["a", ""])
+    assert all(type(number) is int for number in lists({"numbers": [1.0, 2]}).numbers)
+    assert lists({"numbers": [-(1 << 63), 1 << 63], "names": None}) == Lists([-(1 << 63), 1 << 63])
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"numbers": None}, [("list_type", ["body", "numbers"])]),
+        ({"numbers": {"0": 1}, "names": "ab"}, [("list_type", ["body", "numbers"]), ("list_type", ["body", "names"])]),
+        ({"names": [None]}, [("missing", ["body", "numbers"]), ("string_type", ["body", "names", 0])]),
+        ({"numbers": [1, "x", None, True, 1.5, [1]]}, [
+            ("int_parsing", ["body", "numbers", 1]), ("int_type", ["body", "numbers", 2]),
+            ("int_type", ["body", "numbers", 3]), ("int_from_float", ["body", "numbers", 4]),
+            ("int_type", ["body", "numbers", 5])]),
+        ({"numbers": [True]}, [("int_type", ["body", "numbers", 0])]),
+        ({"numbers": [1 << 64]}, [("int_type", ["body", "numbers", 0])]),
+        ({"numbers": [0, -(1 << 64)]}, [("int_type", ["body", "numbers", 1])]),
+        ({"numbers": ["x"] * 100}, [("int_parsing", ["body", "numbers", number]) for number in range(16)]),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_what_is_wrong_within_lists(content: object, found: list[tuple[str, list[object]]]) -> None:
+    with pytest.raises(Refusal) as refused:
+        lists(content)
+    detail = refused.value.detail
+    assert isinstance(detail, list)
+    assert [(problem["type"], problem["loc"]) for problem in detail] == found
+
+
+def test_of_a_large_body_nothing_is_sent_back() -> None:
+    for numbers, sent in (([1] * 10 + ["x"], True), ([1] * 100_000 + ["x"], False)):
+        with pytest.raises(Refusal) as refused:
+            lists({"numbers": numbers})
+        assert isinstance(refused.value.detail, list)
+        assert ["input" in problem for problem in refused.value.detail] == [sent]
 
 
 async def test_a_body_that_is_too_large() -> None:

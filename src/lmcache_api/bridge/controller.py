@@ -76,7 +76,7 @@ class ManagerController:
     async def report(self, report: WorkerReport, caller: str | None) -> Mapping[str, Any]:
         raise ControllerError(501, "LMCache's workers register by its own protocol (controller_reply_url)")
 
-    async def leave(self, instance_id: str, worker_id: int) -> None:
+    async def leave(self, instance_id: str, worker_id: int, caller: str | None) -> None:
         raise ControllerError(501, "LMCache's workers leave by its own protocol")
 
     async def operate(self, operation: Operation) -> Mapping[str, Any]:

@@ -1,17 +1,17 @@
 """The posts of LMCache's controller: operations on the workers of an instance, each with an `event_id`."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
-from lmcache_api.app import COMPONENT
+from lmcache_api.app import COMPONENT, call
 from lmcache_api.component import Operation
 from lmcache_api.orchestration import ask, controller_of
 from lmcache_shared.errors import Refusal
 from lmcache_shared.responses import json_response, plain
-from lmcache_shared.schema import parse_body
+from lmcache_shared.schema import MAX_BODY_BYTES, body_of, read_body
 
 router = web.RouteTableDef()
 
@@ -75,11 +75,13 @@ class QueryWorkerInfo:
     worker_ids: list[int] | None = None
 
 
-async def _operate(request: web.Request, name: str, model: Callable[..., Any]) -> web.Response:
+async def _operate(request: web.Request, name: str, model: type[Any]) -> web.Response:
     controller = controller_of(request)
     most = request.app[COMPONENT].settings.internal_api_server_max_tokens
-    body = await parse_body(request, model, max_bytes=BYTES_AROUND + BYTES_A_TOKEN * most)
-    fields = asdict(body)
+    names = {field.name for field in dataclasses.fields(model)}
+    content = await read_body(request, BYTES_AROUND + BYTES_A_TOKEN * most if "tokens" in names else MAX_BODY_BYTES)
+    body = await call(request, lambda: body_of(content, model), "reading the body")
+    fields = {name: getattr(body, name) for name in names}
     if len(fields.get("tokens") or ()) > most:
         raise Refusal(400, f"{len(fields['tokens'])} tokens, but internal_api_server_max_tokens allows {most} at once")
     return json_response(plain(await ask(request, controller.operate(Operation(name, fields)))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -11,6 +12,7 @@ from typing import Any
 from lmcache_shared.address import Address, TcpAddress
 
 MAX_ANSWER_BYTES = 1 << 20
+MAX_REFUSAL_BYTES = 1 << 12
 
 
 def ask(address: Address, method: str, path: str, body: object = None, *, seconds: float) -> dict[str, Any]:
@@ -31,10 +33,19 @@ def ask(address: Address, method: str, path: str, body: object = None, *, second
     finally:
         connection.close()
     if response.status != 200:
-        raise OSError(f"{address}: it answers {response.status}")
+        raise OSError(f"{address}: it answers {response.status}{_why(content)}")
     if not isinstance(answer, dict):
         raise OSError(f"{address}: no answer that can be used: expected a JSON object")
     return answer
+
+
+def _why(content: bytes) -> str:
+    """What a refusal says in its `detail`, after a colon."""
+    with contextlib.suppress(ValueError, RecursionError):
+        answer = json.loads(content[:MAX_REFUSAL_BYTES])
+        if isinstance(answer, dict) and isinstance(answer.get("detail"), str):
+            return f": {answer['detail']}"
+    return ""
 
 
 class _Connection(http.client.HTTPConnection):

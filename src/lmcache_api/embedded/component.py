@@ -21,7 +21,7 @@ from lmcache_api.embedded.pins import PinMonitor
 from lmcache_api.embedded.reporter import REPORTS_A_TIMEOUT, ControllerReporter, controller_address
 from lmcache_api.embedded.statistics import NO_STATISTICS
 from lmcache_shared.errors import ConfigError
-from lmcache_shared.placement import DEFAULT_INSTANCE, SCHEDULER_INDEX, Role, place
+from lmcache_shared.placement import DEFAULT_INSTANCE, SCHEDULER_INDEX, Role, place, serves
 from lmcache_shared.settings import Settings
 from lmcache_shared.version import VERSION
 
@@ -144,7 +144,7 @@ class EmbeddedComponent:
         except DiskError as error:
             raise ConfigError(f"local_disk: {error}") from None
         self.metrics.refresh_with(self.engine.gauges)
-        if self.settings.enable_controller:
+        if self.settings.enable_controller and serves(self.settings, self.index):  # or nobody could ask it
             self._threads.append(self._make_reporter(self.engine))
         self._threads.append(PinMonitor(self.engine, interval=self.settings.pin_check_interval_sec))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
+import re
 import time
 import uuid
 from collections import OrderedDict
@@ -17,10 +17,11 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
+import msgspec
 
 from lmcache_api.component import ControllerError, Operation, WorkerReport
-from lmcache_shared.address import Address, TcpAddress, tcp_address, unix_address
+from lmcache_api.embedded.fan_out import Cleared, FanOut, Found, Healthy, Question
+from lmcache_shared.address import Address, TcpAddress, is_loopback_host, tcp_address, unix_address
 from lmcache_shared.errors import AddressError
 from lmcache_shared.placement import MAX_WORKERS
 from lmcache_shared.settings import Settings
@@ -29,11 +30,16 @@ MAX_REPORTED = 4 * MAX_WORKERS
 """Workers that are kept; further ones are refused."""
 
 MAX_EVENTS = 1000
-"""Operations that are remembered; the oldest are forgotten first."""
+"""Operations that are remembered; of those that are done the oldest are forgotten first."""
+
+MAX_EVENT_WORKERS = 1 << 16
+"""Workers in all events together, each with what it answered."""
 
 MAX_NAME = 256
-MAX_ANSWER_BYTES = 1 << 20
 ALL = "all"
+
+PART_OF_A_CALL = 0.9
+"""An operation answers before the deadline of the call (`internal_api_server_call_seconds`)."""
 
 HEALTHY, UNHEALTHY, SILENT = 0, 1, 2
 """Error codes of a worker's health."""
@@ -79,6 +85,10 @@ class Event:
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
     task: asyncio.Task[None] | None = None
 
+    @property
+    def size(self) -> int:
+        return len(self.waiting) + len(self.answers)
+
     def workers(self) -> list[dict[str, Any]]:
         pending = [{"worker": name, "status": "pending"} for name in sorted(self.waiting)]
         return [*(self.answers[name] for name in sorted(self.answers)), *pending]
@@ -91,6 +101,9 @@ class EmbeddedController:
         self._settings = settings
         self._workers: dict[tuple[str, int], Registered] = {}
         self._events: OrderedDict[str, Event] = OrderedDict()
+        self._fan_out = FanOut()
+        self._forgot = 0.0
+        """When silent workers were last forgotten, by the monotonic clock."""
 
     async def key_stats(self) -> Mapping[str, Any]:
         present = self._present()
@@ -111,16 +124,12 @@ class EmbeddedController:
         }
 
     async def workers(self, instance_id: str | None, worker_id: int | None) -> Mapping[str, Any]:
-        present = self._present()
         if instance_id is not None and worker_id is not None:
-            for worker in present:
-                if (worker.instance_id, worker.worker_id) == (instance_id, worker_id):
-                    return {**worker.told(), "key_count": worker.key_count}
+            worker = self._known(instance_id, worker_id)
+            if worker is not None:
+                return {**worker.told(), "key_count": worker.key_count}
             raise ControllerError(404, f"Worker ({instance_id[:MAX_NAME]}, {worker_id}) not found")
-        if instance_id is not None:
-            present = [worker for worker in present if worker.instance_id == instance_id]
-            if not present:
-                raise ControllerError(404, f"No workers found for instance {instance_id[:MAX_NAME]}")
+        present = self._present() if instance_id is None else self._of_instance(instance_id)
         told = [{**worker.told(), "key_count": worker.key_count} for worker in present]
         return {"workers": told, "total_count": len(told)}
 
@@ -142,19 +151,24 @@ class EmbeddedController:
             raise ControllerError(400, f"key_count {report.key_count}: expected a number from 0")
         address = self._address_of(report, caller)
         key = (report.instance_id, report.worker_id)
-        self._workers = {(worker.instance_id, worker.worker_id): worker for worker in self._present()}
-        if key not in self._workers and len(self._workers) >= MAX_REPORTED:
-            raise ControllerError(503, f"{MAX_REPORTED} workers are registered; no further one is taken")
+        known = self._known(*key)
+        if known is None and len(self._workers) >= MAX_REPORTED:
+            self._forget_the_silent()
+            if len(self._workers) >= MAX_REPORTED:
+                raise ControllerError(503, f"{MAX_REPORTED} workers are registered; no further one is taken")
         now = time.time()
-        known = self._workers.get(key)
         ip = address.host if isinstance(address, TcpAddress) else "localhost"
         registered_at = known.registered_at if known is not None else now
         self._workers[key] = Registered(*key, address, ip, registered_at, now, time.monotonic(), report.key_count)
         return {"status": "success", "timeout_seconds": self._settings().controller_worker_seconds}
 
-    async def leave(self, instance_id: str, worker_id: int) -> None:
-        if self._workers.pop((instance_id, worker_id), None) is None:
+    async def leave(self, instance_id: str, worker_id: int, caller: str | None) -> None:
+        known = self._known(instance_id, worker_id)
+        if known is None:
             raise ControllerError(404, f"Worker ({instance_id[:MAX_NAME]}, {worker_id}) not found")
+        if not _same_host(known.ip, caller):
+            raise ControllerError(403, f"a worker leaves by itself; it is at {known.ip}, and this is {caller}")
+        del self._workers[known.instance_id, known.worker_id]
 
     async def operate(self, operation: Operation) -> Mapping[str, Any]:
         fields = operation.fields
@@ -180,44 +194,47 @@ class EmbeddedController:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _lookup(self, tokens: Sequence[int]) -> Mapping[str, Any]:
-        present = self._present()
-        body = {"tokens": list(tokens)}
-        event = await self._ask_all("Lookup", present, "POST", "/cache/lookup", body=body)
-        layout: dict[str, tuple[str, int]] = {}
-        for name in sorted({worker.instance_id for worker in present}):
-            found = [event.answers.get(worker.name, {}) for worker in present if worker.instance_id == name]
-            hits = [answer.get("num_hit_tokens", 0) if answer.get("status") == "success" else 0 for answer in found]
-            if hits and min(hits) > 0:
-                layout[name] = (found[hits.index(min(hits))]["location"], min(hits))
+        present = self._present() if tokens else []
+        # in a thread: a million tokens take a while
+        body = await asyncio.get_running_loop().run_in_executor(None, msgspec.json.encode, {"tokens": tokens})
+        event = await self._ask_all("Lookup", present, Question("POST", "/cache/lookup", Found, body=body))
+        found: dict[str, list[tuple[int, str]]] = {}
+        for worker in present:
+            answer = event.answers.get(worker.name, {})
+            hit = min(answer.get("num_hit_tokens", 0), len(tokens))
+            found.setdefault(worker.instance_id, []).append((hit, answer.get("location", "")))
+        fewest = {name: min(of_workers) for name, of_workers in found.items()}
+        layout = {name: (location, hit) for name, (hit, location) in fewest.items() if hit}
         return {"event_id": event.event_id, "layout_info": layout, "workers": event.workers()}
 
     async def _clear(self, instance_id: str, location: str) -> Mapping[str, Any]:
         present = self._of_instance(instance_id)
-        event = await self._ask_all("Clear", present, "DELETE", "/cache/clear", query={"locations": location})
+        question = Question("DELETE", "/cache/clear", Cleared, query={"locations": location})
+        event = await self._ask_all("Clear", present, question)
         cleared = [answer["num_tokens"] for answer in event.answers.values() if "num_tokens" in answer]
         return {"event_id": event.event_id, "num_tokens": max(cleared, default=0), "workers": event.workers()}
 
     async def _health(self, instance_id: str) -> Mapping[str, Any]:
         present = self._of_instance(instance_id)
-        event = await self._ask_all("health", present, "GET", "/periodic-threads-health")
+        event = await self._ask_all("health", present, Question("GET", "/periodic-threads-health", Healthy))
         codes = {}
         for worker in present:
-            answer = event.answers.get(worker.name, {})
-            is_silent = answer.get("status") != "success"
-            codes[str(worker.worker_id)] = SILENT if is_silent else HEALTHY if answer.get("healthy") else UNHEALTHY
+            healthy = event.answers.get(worker.name, {}).get("healthy")
+            codes[str(worker.worker_id)] = SILENT if healthy is None else HEALTHY if healthy else UNHEALTHY
         return {"event_id": event.event_id, "error_codes": codes, "workers": event.workers()}
 
     def _query_instance(self, ip: str) -> Mapping[str, Any]:
-        found = next((worker.instance_id for worker in self._present() if worker.ip == ip), None)
+        found = next((worker.instance_id for worker in self._present() if _bare(worker.ip) == _bare(ip)), None)
         if found is None:
             raise ControllerError(404, f"no instance is registered at {ip[:MAX_NAME]}")
         return {"event_id": _event_id("QueryInst"), "res": found}
 
     def _query_worker_info(self, instance_id: str, worker_ids: Sequence[int] | None) -> Mapping[str, Any]:
+        wanted = frozenset(worker_ids or ())
         found = [
             worker.told()
             for worker in self._present()
-            if instance_id in (ALL, worker.instance_id) and (not worker_ids or worker.worker_id in worker_ids)
+            if instance_id in (ALL, worker.instance_id) and (not wanted or worker.worker_id in wanted)
         ]
         return {"event_id": _event_id("QueryWorkerInfo"), "worker_infos": found}
 
@@ -228,10 +245,23 @@ class EmbeddedController:
         return {"status": "running" if event.waiting else "finished", "workers": event.workers()}
 
     def _present(self) -> list[Registered]:
-        """The workers that have reported of late, by instance and id."""
-        now, seconds = time.monotonic(), self._settings().controller_worker_seconds
-        found = sorted(self._workers.items())
-        return [worker for _, worker in found if now - worker.reported <= seconds]
+        """The workers that have reported of late, by instance and id; metrics ask from another thread."""
+        found = [worker for worker in tuple(self._workers.values()) if self._is_present(worker)]
+        return sorted(found, key=lambda worker: (worker.instance_id, worker.worker_id))
+
+    def _forget_the_silent(self) -> None:
+        """Make room; not at every report of a flood, as it looks at every worker."""
+        now = time.monotonic()
+        if now - self._forgot >= self._settings().controller_worker_seconds / 10:
+            self._workers = {key: worker for key, worker in self._workers.items() if self._is_present(worker)}
+            self._forgot = now
+
+    def _is_present(self, worker: Registered) -> bool:
+        return time.monotonic() - worker.reported <= self._settings().controller_worker_seconds
+
+    def _known(self, instance_id: str, worker_id: int) -> Registered | None:
+        worker = self._workers.get((instance_id, worker_id))
+        return worker if worker is not None and self._is_present(worker) else None
 
     def _of_instance(self, instance_id: str) -> list[Registered]:
         found = [worker for worker in self._present() if worker.instance_id == instance_id]
@@ -243,107 +273,77 @@ class EmbeddedController:
         try:
             if report.port.startswith("/"):
                 prefix = self._settings().internal_api_server_socket_path_prefix
-                if not prefix or not report.port.startswith(prefix):
-                    raise ControllerError(403, f"port: a socket begins with {prefix or 'nothing here'}")
+                if not prefix or not re.fullmatch(re.escape(prefix) + "_[0-9]{1,5}", report.port, re.ASCII):
+                    raise ControllerError(403, f"port: a socket is {prefix}_<port>" if prefix else "port: no socket")
+                if not _same_host("localhost", caller):
+                    raise ControllerError(403, f"port: a socket is on this machine, and this is {caller}")
                 return unix_address(report.port)
             host = report.host or caller or "127.0.0.1"
             if not _same_host(host, caller):
                 raise ControllerError(403, f"host {host[:MAX_NAME]}: a worker reports itself, and this is {caller}")
-            return tcp_address(host, report.port)
+            if caller is not None and not is_loopback_host(caller):
+                host = caller  # with its IPv6 scope, which is a name of this machine's
+            return tcp_address(host if "%" in host else _bare(host), report.port)
         except AddressError as error:
             raise ControllerError(400, f"port: {error}") from None
 
-    async def _ask_all(
-        self,
-        prefix: str,
-        workers: Sequence[Registered],
-        method: str,
-        path: str,
-        *,
-        query: Mapping[str, str] | None = None,
-        body: object = None,
-    ) -> Event:
-        """Ask every worker; wait for all, or for as long as an answer may take, and go on in the background."""
+    async def _ask_all(self, prefix: str, workers: Sequence[Registered], question: Question) -> Event:
+        """Ask every worker; wait for all, or for as long as an answer may take, and go on in the background.
+
+        When the caller leaves before, nobody knows the event: what changes nothing ends with it.
+        """
         settings = self._settings()
         event = Event(_event_id(prefix), {worker.name for worker in workers})
-        self._remember(event)
-        seconds = settings.controller_operation_seconds
+        self._make_room(len(workers))
 
         async def ask(worker: Registered) -> None:
-            answer = await _ask(worker, method, path, query, body, seconds)
+            answer = await self._fan_out.ask(worker.address, question, settings.controller_operation_seconds)
             event.answers[worker.name] = {"worker": worker.name, **answer}
             event.waiting.discard(worker.name)
 
-        event.task = asyncio.create_task(_gathered(ask(worker) for worker in workers))
-        await asyncio.wait({event.task}, timeout=settings.controller_answer_seconds)
+        event.task = asyncio.create_task(_gathered(ask(worker) for worker in workers), name=event.event_id)
+        self._events[event.event_id] = event
+        seconds = min(settings.controller_answer_seconds, settings.internal_api_server_call_seconds * PART_OF_A_CALL)
+        try:
+            await asyncio.wait({event.task}, timeout=seconds)
+        except asyncio.CancelledError:
+            if question.method != "DELETE":
+                event.task.cancel()
+                self._events.pop(event.event_id, None)
+            raise
         return event
 
-    def _remember(self, event: Event) -> None:
-        self._events[event.event_id] = event
-        while len(self._events) > MAX_EVENTS:
-            _, oldest = self._events.popitem(last=False)
-            if oldest.task is not None:
-                oldest.task.cancel()
+    def _make_room(self, workers: int) -> None:
+        """Forget the oldest events that are done, for one with so many workers."""
+        kept = sum(event.size for event in self._events.values())
+        for event_id, event in [*self._events.items()]:
+            if len(self._events) < MAX_EVENTS and kept + workers <= MAX_EVENT_WORKERS:
+                return
+            if not event.waiting:
+                kept -= event.size
+                del self._events[event_id]
+        if len(self._events) >= MAX_EVENTS or kept + workers > MAX_EVENT_WORKERS:
+            raise ControllerError(503, "too many operations wait for workers that do not answer; try again later")
 
 
 async def _gathered(calls: Iterable[Awaitable[None]]) -> None:
     await asyncio.gather(*calls)
 
 
-async def _ask(
-    worker: Registered,
-    method: str,
-    path: str,
-    query: Mapping[str, str] | None,
-    body: object,
-    seconds: float,
-) -> dict[str, Any]:
-    """What a worker answers, or why it has not: `status` is `success` or `error`."""
-    base = f"http://{worker.address}" if isinstance(worker.address, TcpAddress) else "http://localhost"
-    timeout = aiohttp.ClientTimeout(total=seconds)
-    try:
-        async with (
-            aiohttp.ClientSession(
-                base, connector=worker.address.connector(limit=1, keepalive_timeout=1), timeout=timeout
-            ) as client,
-            client.request(method, path, params=query, json=body, allow_redirects=False) as response,
-        ):
-            content = await response.content.read(MAX_ANSWER_BYTES)
-            answer = json.loads(content)
-            if response.status != 200 or not isinstance(answer, dict):
-                return {"status": "error", "error": f"it answers {response.status}"}
-    except asyncio.TimeoutError:
-        return {"status": "error", "error": f"no answer within {seconds:g} seconds"}
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        return {"status": "error", "error": str(error) or type(error).__name__}
-    return {"status": "success", **_of_interest(answer)}
-
-
-def _of_interest(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """What the controller tells of a worker's answer, by LMCache's names."""
-    told: dict[str, Any] = {}
-    if isinstance(answer.get("num_removed"), int):
-        told["num_tokens"] = answer["num_removed"]
-    if isinstance(answer.get("num_hit_tokens"), int):
-        told["num_hit_tokens"] = answer["num_hit_tokens"]
-        spans = answer.get("spans") or [{}]
-        told["location"] = str((spans[0].get("locations") or [""])[0])
-    if isinstance(answer.get("healthy"), bool):
-        told["healthy"] = answer["healthy"]
-    return told
-
-
 def _same_host(host: str, caller: str | None) -> bool:
     """Whether `host` is where the call comes from; over a Unix socket it comes from this machine."""
-    if caller == host:
-        return True
-    is_local = caller is None or ipaddress.ip_address(caller.partition("%")[0]).is_loopback
-    if host == "localhost":
-        return is_local
+    is_here = caller is None or is_loopback_host(caller)
+    return _bare(host) == _bare(caller or "") or (is_here and is_loopback_host(host))
+
+
+def _bare(host: str) -> str:
+    """A number in its one spelling, without an IPv6 scope; an IPv4 number inside IPv6 is that IPv4 number."""
     try:
-        return is_local and ipaddress.ip_address(host).is_loopback
+        number = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        return False
+        return host
+    mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None
+    return str(mapped or number)
 
 
 def _event_id(prefix: str) -> str:

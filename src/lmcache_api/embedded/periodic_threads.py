@@ -7,8 +7,14 @@ import threading
 import time
 
 from lmcache_api.component import Level, PeriodicThreadStatus, RunSummary
+from lmcache_shared.errors import OpsError
 
 logger = logging.getLogger(__name__)
+
+
+class FailedRun(OpsError):
+    """A run failed as runs may; the thread that raises it has logged what there is to say."""
+
 
 STOP_SECONDS = 1.0
 ACTIVE_INTERVALS = 3
@@ -82,6 +88,8 @@ class PeriodicThread:
             try:
                 message, details = self.run_once()
                 success = True
+            except FailedRun as error:
+                message, success = str(error), False
             except Exception as error:
                 logger.exception("periodic thread %s failed", self.name)
                 message, success = f"{type(error).__name__}: {error}", False
