@@ -172,9 +172,8 @@ def test_lists_with_their_items_as_pydantic_reads_them() -> None:
         ({"names": [None]}, [("missing", ["body", "numbers"]), ("string_type", ["body", "names", 0])]),
         ({"numbers": [1, "x", None, True, 1.5, [1]]}, [
             ("int_parsing", ["body", "numbers", 1]), ("int_type", ["body", "numbers", 2]),
-            ("int_type", ["body", "numbers", 3]), ("int_from_float", ["body", "numbers", 4]),
+            ("int_from_float", ["body", "numbers", 4]),
             ("int_type", ["body", "numbers", 5])]),
-        ({"numbers": [True]}, [("int_type", ["body", "numbers", 0])]),
         ({"numbers": [1 << 64]}, [("int_type", ["body", "numbers", 0])]),
         ({"numbers": [0, -(1 << 64)]}, [("int_type", ["body", "numbers", 1])]),
         ({"numbers": ["x"] * 100}, [("int_parsing", ["body", "numbers", number]) for number in range(16)]),
