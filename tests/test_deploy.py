@@ -904,6 +904,7 @@ def test_the_pods_arrangement_runs(tmp_path: Path) -> None:
                 f"http://127.0.0.1:{cluster_port}/proxy/localhost/%2Frun%2Fdocker.sock/info", timeout=10
             )
         assert refused.value.code == 403
+        refused.value.close()
 
 
 # --- the page

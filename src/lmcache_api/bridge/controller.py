@@ -144,9 +144,14 @@ class ManagerController:
         return _fields_of(operation.name, answer)
 
     async def _ask(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await in the server's loop what the manager's loop does; what LMCache raises is told as its failure."""
+        """Await in the server's loop what the manager's loop does; what LMCache raises is told as its failure.
+
+        It goes on when the caller leaves: cut off between question and answer, LMCache's socket to a worker would be
+        of no use any more.
+        """
         try:
-            answer: T = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+            done = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+            answer: T = await asyncio.shield(done)
         except (ControllerError, asyncio.CancelledError):
             raise
         except Exception as error:
