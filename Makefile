@@ -19,7 +19,7 @@ run: $(VENV)/.run  ## start a local cluster, its controller and its dashboard (P
 	@$(BIN)/python tools/local_cluster.py --config $(CONFIG) --workers $(WORKERS) --load $(LOAD) --host $(HOST) --port $(PORT)
 
 test: $(VENV)/.test  ## run all tests but those that need a real LMCache or vLLM (ARGS="-k proxy")
-	@tools/ensure_chromium.sh
+	@tools/ensure_programs.sh
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-lmcache: $(VENV)/.test  ## install the real LMCache beside the project (cached) and test against it

@@ -17,12 +17,21 @@ from lmcache_frontend import plugins
 from lmcache_shared.address import tcp_address
 from lmcache_shared.config import convert
 from lmcache_shared.errors import AddressError, ConfigError
+from lmcache_shared.placement import MAX_WORKERS
 from lmcache_shared.program import LOG_LEVELS
 from lmcache_shared.settings import Definition, definitions_of, setting
 from lmcache_shared.version import VERSION
 
 PROGRAM = "lmcache-frontend"
 ENV_PREFIX = "LMCACHE_FRONTEND_"
+
+_METAVARS = {
+    "nodes": "JSON",
+    "config": "FILE",
+    "lmcache_config": "FILE",
+    "route_folder": "DIR",
+    "socket_prefix": "PATH",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,38 @@ class Options:
     host: str = setting("0.0.0.0", "The host to listen on.")  # noqa: S104 - as LMCache's frontend
     config: str | None = setting(None, "A JSON file with a list of nodes, or of proxies with nodes of their own.")
     nodes: str | None = setting(None, "A list of nodes as JSON, beside those of the file.")
+    lmcache_config: str | None = setting(None, "An lmcache.yaml: the scheduler and workers that it implies are nodes.")
+    lmcache_workers: int = setting(1, "How many workers that deployment has.", minimum=0, maximum=MAX_WORKERS)
+    node_supplier_url: str | None = setting(
+        None, "Ask the discovery service at this URL (such as http://host:port/lmcache_infos) for nodes."
+    )
+    dns: list[str] | None = setting(
+        None, "NAME:PORT, or an SRV name such as _http._tcp.lmcache: every address it resolves to is a node."
+    )
+    dns_server: str | None = setting(None, "Ask this DNS server (host or host:port), not those of the system.")
+    refresh_interval: float = setting(
+        30.0,
+        "How many seconds lie between two questions to the supplier and to other frontends.",
+        minimum=1,
+        maximum=3600,
+    )
+    stale_seconds: float = setting(
+        60.0,
+        "How long a discovered node that is no longer reported is still shown, as stale.",
+        minimum=0,
+        maximum=86400,
+    )
+    registry: str = setting(
+        "sqlite",
+        "Where nodes that are added by hand are kept: memory, sqlite (in the user's state folder), sqlite:/a/file, or"
+        " redis://host:port/0, shared by every frontend that names it.",
+    )
+    health_interval: float = setting(
+        10.0, "How many seconds lie between two checks of a node.", minimum=1, maximum=3600
+    )
+    scrape_seconds: float = setting(
+        8.0, "How long /metrics waits for the nodes; below Prometheus' own scrape_timeout.", minimum=0.5, maximum=300
+    )
     socket_prefix: str | None = setting(
         "/tmp/lmcache_internal_api_server/",  # noqa: S108 - where LMCache's documents put them
         "The proxy also reaches Unix sockets whose path begins like this; empty: registered nodes alone.",
@@ -104,7 +145,7 @@ def _spelled(default: object) -> str:
 
 
 def _metavar(name: str) -> str:
-    return {"nodes": "JSON", "config": "FILE", "route_folder": "DIR", "socket_prefix": "PATH"}.get(name, name.upper())
+    return _METAVARS.get(name, name.upper())
 
 
 def read_options(arguments: Sequence[str] | None, environ: Mapping[str, str]) -> Options:
