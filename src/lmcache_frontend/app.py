@@ -6,7 +6,11 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from lmcache_frontend.cluster import Cluster
+from lmcache_frontend.nodes.by_hand import ByHand
+from lmcache_frontend.nodes.neighbours import Neighbours
 from lmcache_frontend.nodes.registry import Registry
+from lmcache_frontend.nodes.sources import Sources
 from lmcache_frontend.options import Options
 from lmcache_frontend.proxy.policy import Policy
 from lmcache_frontend.proxy.transport import Targets
@@ -16,6 +20,9 @@ from lmcache_shared.access import own_site_only
 from lmcache_shared.errors import refusals
 
 REGISTRY: web.AppKey[Registry] = web.AppKey("registry", Registry)
+SOURCES: web.AppKey[Sources] = web.AppKey("sources", Sources)
+BY_HAND: web.AppKey[ByHand] = web.AppKey("by hand", ByHand)
+NEIGHBOURS: web.AppKey[Neighbours] = web.AppKey("neighbours", Neighbours)
 POLICY: web.AppKey[Policy] = web.AppKey("policy", Policy)
 TARGETS: web.AppKey[Targets] = web.AppKey("targets", Targets)
 HEALTH: web.AppKey[HealthBoard] = web.AppKey("health", HealthBoard)
@@ -24,15 +31,18 @@ ENTRY_POINTS = "lmcache_frontend.routes"
 """Installed packages declare modules with routes under this entry point."""
 
 
-def create_app(options: Options, registry: Registry) -> web.Application:
-    """The frontend for the nodes of `registry`.
+def create_app(options: Options, cluster: Cluster) -> web.Application:
+    """The frontend of a cluster.
 
     Raises:
         RouteError: a route module is broken, or two claim one route.
     """
     app = web.Application(middlewares=[refusals, own_site_only])
-    app[REGISTRY] = registry
-    app[POLICY] = Policy(registry, options.socket_prefix)
+    app[REGISTRY] = cluster.registry
+    app[SOURCES] = cluster.sources
+    app[BY_HAND] = cluster.by_hand
+    app[NEIGHBOURS] = cluster.neighbours
+    app[POLICY] = Policy(cluster.registry, options.socket_prefix)
     app.cleanup_ctx.append(_targets)
     folders = options.route_folder or []
     routes.add_routes(

@@ -4,6 +4,7 @@ from aiohttp import web
 
 from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
 from lmcache_frontend.proxy import target
+from lmcache_frontend.proxy.headers import refuse_loops
 from lmcache_frontend.proxy.transport import forward
 
 router = web.RouteTableDef()
@@ -12,7 +13,7 @@ router = web.RouteTableDef()
 @router.route("*", "/proxy/{host}/{target}{path:(/.*)?}")
 async def by_address(request: web.Request) -> web.StreamResponse:
     """To the target that the path names, if it is registered or otherwise allowed."""
-    return await _proxied(request, target.by_address(request.raw_path))
+    return await _proxied(request, target.by_address(request.raw_path, request.app[REGISTRY]))
 
 
 @router.route("*", "/proxy2/{name}{path:(/.*)?}")
@@ -22,5 +23,6 @@ async def by_name(request: web.Request) -> web.StreamResponse:
 
 
 async def _proxied(request: web.Request, wanted: target.ProxiedPath) -> web.StreamResponse:
+    refuse_loops(request)
     allowed = request.app[POLICY].allowed(request, wanted.address)
     return await forward(request, await request.app[TARGETS].get(allowed), wanted.path)

@@ -1,0 +1,126 @@
+"""Nodes of a file, read again when it changes and on SIGHUP: a list in JSON, or an `lmcache.yaml` that implies them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lmcache_frontend.nodes.node import Node, Proxy, read_list, read_usable
+from lmcache_frontend.nodes.registry import Registry
+from lmcache_frontend.nodes.sources import Told
+from lmcache_shared import config
+from lmcache_shared.blocking import BlockingPool
+from lmcache_shared.errors import ConfigError, Refusal
+from lmcache_shared.placement import SCHEDULER_INDEX, place, serves
+
+LOOK_SECONDS = 1.0
+READ_SECONDS = 30.0
+MAX_NODE_FILE_BYTES = 8 << 20
+
+Read = Callable[[], tuple[list[Node | Proxy], list[str]]]
+
+
+class FileSource:
+    """Publishes a file's nodes. When it can no longer be read as a whole, what was last read of it stays.
+
+    Args:
+        name: the source's name in the registry.
+        path: the file.
+        read: reads it; returns its entries, and one line for each that cannot be used.
+
+    Raises:
+        ConfigError: the file cannot be read at all.
+    """
+
+    def __init__(self, name: str, path: str, read: Read, registry: Registry) -> None:
+        self.name = name
+        self.place = path
+        self.problems: Sequence[str] = ()
+        self._path = path
+        self._read = read
+        self._registry = registry
+        self._pool = BlockingPool(f"{name}-source", threads=1, waiting=1)
+        self._now = asyncio.Event()
+        self._told = Told(name, path)
+        self._seen = _stamp(path)
+        self._publish(*read())
+
+    async def run(self) -> None:
+        while True:
+            try:
+                stamp = await self._pool.run(lambda: _stamp(self._path), seconds=READ_SECONDS, what=self._path)
+                if stamp != self._seen or self._now.is_set():
+                    self._now.clear()
+                    entries, problems = await self._pool.run(self._read, seconds=READ_SECONDS, what=self._path)
+                    self._seen = stamp
+                    self._publish(entries, problems)
+            except (ConfigError, Refusal) as error:
+                self._seen = stamp if isinstance(error, ConfigError) else self._seen
+                self.problems = [str(error) if isinstance(error, ConfigError) else str(error.detail)]
+                self._told.tell(self.problems)
+            await _wait(self._now, LOOK_SECONDS)
+
+    def reload(self) -> None:
+        self._now.set()
+
+    def _publish(self, entries: list[Node | Proxy], problems: list[str]) -> None:
+        self._registry.publish(self.name, entries)
+        self.problems = problems
+        self._told.tell(problems)
+
+
+def node_file(path: str, registry: Registry) -> FileSource:
+    """The source of `--config`: a JSON list of nodes, or of proxies with nodes of their own.
+
+    Raises:
+        ConfigError: it cannot be read or is no list; single entries that cannot be used are told and passed over.
+    """
+    return FileSource("file", path, lambda: read_usable(_read_file(Path(path)), path), registry)
+
+
+def lmcache_file(path: str, workers: int, registry: Registry) -> FileSource:
+    """The source of `--lmcache-config`: where the scheduler and the workers of that configuration serve.
+
+    Raises:
+        ConfigError: it cannot be read, or gives them no usable address.
+    """
+
+    def read() -> tuple[list[Node | Proxy], list[str]]:
+        settings = config.load(path, environ={})
+        indexes = range(SCHEDULER_INDEX, SCHEDULER_INDEX + 1 + workers)
+        nodes = [place(settings, index).node for index in indexes if serves(settings, index)]
+        off = "internal_api_server_enabled" in settings.given and not settings.internal_api_server_enabled
+        problems = [f"{path}: internal_api_server_enabled is false: no node answers"] if off else []
+        return read_list(json.dumps(nodes).encode(), path), problems
+
+    return FileSource("lmcache-config", path, read, registry)
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_NODE_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the nodes: {error.strerror}") from None
+    if len(data) > MAX_NODE_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_NODE_FILE_BYTES} bytes; this is no list of nodes")
+    return data
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    """Another one when the file was written or replaced; a Kubernetes ConfigMap is replaced by its symbolic links."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except asyncio.TimeoutError:
+        return
