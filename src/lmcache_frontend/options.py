@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from yarl import URL
 
 from lmcache_frontend import plugins
+from lmcache_frontend.nodes.stores.spec import check_spec
 from lmcache_shared.address import tcp_address
 from lmcache_shared.config import convert
 from lmcache_shared.errors import AddressError, ConfigError
@@ -189,6 +190,10 @@ def make_options(found: Mapping[str, Given]) -> Options:
         raise refuse("socket_prefix", f"{options.socket_prefix}: the path of a Unix socket starts with /")
     if options.heartbeat_url is not None and (problem := _no_url(options.heartbeat_url)):
         raise refuse("heartbeat_url", problem)
+    try:
+        check_spec(options.registry)
+    except ConfigError as error:
+        raise refuse("registry", str(error)) from None
     if options.report_host is not None:
         try:
             tcp_address(options.report_host, options.port)
