@@ -25,17 +25,18 @@ import yaml
 
 from lmcache_api.__main__ import parser as api_parser
 from lmcache_api.pytest_plugin import free_port
-from lmcache_frontend.nodes.node import Node
+from lmcache_frontend.nodes.node import Node, read_list
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import DEFINITIONS as OPTIONS
 from lmcache_frontend.options import ENV_PREFIX, Options, flag_of, read_options
-from lmcache_frontend.server import DRAIN_SECONDS, read_nodes
+from lmcache_frontend.server import DRAIN_SECONDS
 from lmcache_shared import config
 from lmcache_shared.errors import OpsError
 from lmcache_shared.placement import place
 from lmcache_shared.settings import DEFINITIONS as SETTINGS
 from lmcache_shared.settings import EXTRA, Settings
 from tests.e2e.processes import environment, read_until
+from tests.frontend.registries import registry_of as laid
 
 ROOT = Path(__file__).parents[1]
 SYSTEMD = ROOT / "deploy" / "systemd"
@@ -330,7 +331,7 @@ def registry_of(documents: Sequence[Document], workload: Document, container: Do
     options = options_of(container)
     assert options.config is not None
     text = mounted_file(documents, workload, container, options.config) or ""
-    return Registry(read_nodes(Options(nodes=text)), host="h", port=1)
+    return laid(read_list(text.encode(), "nodes.json"))
 
 
 def configurations(documents: Sequence[Document]) -> Iterator[str]:
@@ -773,7 +774,8 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
 
 def test_the_files_of_etc_fit_together() -> None:
     settings = read_settings((SYSTEMD / "etc" / "lmcache.yaml").read_text())
-    nodes = [node for node in read_nodes(Options(config=str(SYSTEMD / "etc" / "nodes.json"))) if isinstance(node, Node)]
+    file = SYSTEMD / "etc" / "nodes.json"
+    nodes = [node for node in read_list(file.read_bytes(), str(file)) if isinstance(node, Node)]
     placed = [place(settings, index) for index in (0, 1)]
     assert [(node.name, node.address) for node in nodes] == [(each.name, each.address) for each in placed]
     service = unit((SYSTEMD / UNITS[0]).read_text())["Service"]

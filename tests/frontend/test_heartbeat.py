@@ -19,20 +19,21 @@ from lmcache_frontend.discovery import heartbeat as module
 from lmcache_frontend.discovery import version as version_module
 from lmcache_frontend.discovery.heartbeat import HEARTBEAT, Heartbeat, address_towards, pause
 from lmcache_frontend.discovery.version import first_version
-from lmcache_frontend.nodes.node import Node, read_list
+from lmcache_frontend.nodes.node import Node
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options, read_options
 from lmcache_frontend.pytest_plugin import StartFrontend
 from lmcache_frontend.server import serve
 from lmcache_shared.errors import ConfigError
 from tests.frontend.discovery import discovery_service, success
+from tests.frontend.registries import entries, registry_of
 from tests.frontend.upstream import Upstream, serving
 
 LOGGER = "lmcache_frontend.discovery.heartbeat"
 
 
 def registry(*nodes: object) -> Registry:
-    return Registry(read_list(json.dumps(nodes).encode(), "nodes"), host="0.0.0.0", port=8000)
+    return registry_of(entries(*nodes), host="0.0.0.0", port=8000)
 
 
 def leaves(*nodes: object) -> list[Node]:

@@ -167,7 +167,7 @@ def test_the_configuration_over_the_environment() -> None:
         ({"internal_api_server_port_start": 65535}, "index 1 has no usable address"),
         ({"internal_api_server_socket_path_prefix": "s"}, "the path of a Unix socket starts with /"),
         ({"internal_api_server_include_index_list": ["a"]}, "include_index_list[0]: expected int"),
-        ({"lmcache_instance_id": "a\nb"}, "nodes: expected a JSON list of nodes"),
+        ({"lmcache_instance_id": "a\nb"}, "nodes: [0]: expected a node"),
         ({"lmcache_instance_id": "\ud800"}, 'lmcache_instance_id: expected text, found "\\ud800"'),
         ({"extra_config": []}, "extra_config: expected keys with values, found []"),
         ({"extra_config": {"plugin.frontend.port": "x"}}, 'plugin.frontend.port: expected int, found "x"'),
@@ -438,7 +438,7 @@ def test_what_cannot_start_is_one_line_and_code_2(installed: Path) -> None:
     )
     assert "no JSON" in refusal(installed, file, plugin_environ("{"))
     assert "has no such option" in refusal(installed, file, plugin_environ({"extra_config": {"plugin.frontend.x": 1}}))
-    assert "expected a JSON list of nodes" in refusal(
+    assert "expected a node" in refusal(
         installed,
         file,
         plugin_environ({"internal_api_server_enabled": True, "extra_config": {"plugin.frontend.nodes": [1]}}),

@@ -1,7 +1,7 @@
 """Proxies and nodes that are added, changed and removed by hand, over HTTP: kept in a store, laid over the discovered.
 
-A record is a proxy or a node, or says that a discovered one was removed. Every change is compare-and-set on its records,
-so that of two frontends that share a store and add one name at once, one wins and the other sees that it exists.
+A record is a proxy or a node, or says that a discovered one was removed. Every change is compare-and-set on its
+records: of two frontends that share a store and add one name at once, one wins and the other sees that it exists.
 """
 
 from __future__ import annotations

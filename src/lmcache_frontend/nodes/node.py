@@ -191,7 +191,7 @@ class _Reader:
         try:
             return msgspec.json.decode(text, type=NodeForm)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-            self._refuse(place, str(error))
+            self._refuse(place, f"expected a node {{name, host, port}}: {error}")
             return None
 
     def _node(self, form: NodeForm, place: str) -> Node | None:

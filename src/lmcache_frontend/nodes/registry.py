@@ -207,14 +207,14 @@ class Registry:
         leaves: dict[Name, float] = {}
         if lasting and self._stale_seconds > 0:
             until = self._now() + self._stale_seconds
-            for name, head in layer.heads.items():
-                if name not in heads and len(heads) < MAX_NODES:
-                    heads[name] = replace(head, stale=True)
-                    leaves[name] = layer.leaves.get(name, until)
-            for key, node in layer.nodes.items():
-                if key not in nodes and len(nodes) < MAX_NODES:
-                    nodes[key] = replace(node, stale=True)
-                    leaves[key] = layer.leaves.get(key, until)
+            gone_heads = [name for name in layer.heads if name not in heads][: MAX_NODES - len(heads)]
+            gone_nodes = [key for key in layer.nodes if key not in nodes][: MAX_NODES - len(nodes)]
+            leaves = {name: layer.leaves.get(name, until) for name in [*gone_heads, *gone_nodes]}
+            # In the order that there was, so that nothing jumps about in a list.
+            heads = {name: head for name, head in layer.heads.items() if name in leaves or name in heads} | heads
+            nodes = {key: node for key, node in layer.nodes.items() if key in leaves or key in nodes} | nodes
+            heads.update({name: replace(heads[name], stale=True) for name in gone_heads})
+            nodes.update({key: replace(nodes[key], stale=True) for key in gone_nodes})
         same = heads == layer.heads and nodes == layer.nodes
         layer.heads, layer.nodes, layer.leaves = heads, nodes, leaves
         if not same:
