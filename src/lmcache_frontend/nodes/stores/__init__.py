@@ -85,7 +85,7 @@ class Store(Protocol):
         """
 
     async def close(self) -> None:
-        """Leave the store; what it keeps stays there. Never fails."""
+        """Leave the store; what it keeps stays there. Never fails; nothing can be asked afterwards."""
 
 
 def open_store(spec: str, port: int) -> Store:

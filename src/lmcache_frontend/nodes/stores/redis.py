@@ -92,8 +92,11 @@ MAX_CONNECTIONS = 8
 _REASONS: tuple[tuple[str, str], ...] = (
     ("NOAUTH", "it wants a password; give one with --registry redis://user:password@host"),
     ("WRONGPASS", "it refuses this user and password"),
+    ("Authentication required", "it wants a password; give one with --registry redis://user:password@host"),
+    ("invalid username-password", "it refuses this user and password"),
     ("invalid password", "it refuses this password"),
     ("NOPERM", "this user may not use the keys and channels lmcache-ops:*"),
+    ("executing the script can't", "this user may not use the keys and channels lmcache-ops:*"),
     ("ACL failure", "this user may not use the keys and channels lmcache-ops:*"),
     ("READONLY", "it is a replica and takes no changes; name the primary"),
     ("OOM", "it has no memory left (maxmemory)"),
@@ -132,6 +135,7 @@ class RedisStore:
         self._told: bytes | _Unknown | None = _Unknown()
         self._listener: PubSub | None = None
         self._deaf_until = 0.0
+        self._closed = False
 
     async def open(self) -> None:
         self._told = await self._current_mark()
@@ -151,7 +155,9 @@ class RedisStore:
         milliseconds = max(1, int(keep_seconds * 1000))
         most = min(limit, MAX_RECORDS)
         answer = await self._run(REPORT, keys, key, value, milliseconds, most, uuid.uuid4().hex, self._channel)
-        return bool(answer == 1)
+        if answer not in (0, 1):
+            raise self._strange()
+        return bool(answer)
 
     async def apply(self, changes: Sequence[Change]) -> bool:
         refuse_unkeepable_changes(self.description, changes)
@@ -202,6 +208,7 @@ class RedisStore:
                 await self._hear(listener, min(POLL_SECONDS, left))
 
     async def close(self) -> None:
+        self._closed = True
         await self._stop_listening()
         with contextlib.suppress(Exception):  # what cannot be closed is gone already
             await _within(CONNECT_SECONDS, self._client.aclose())
@@ -236,7 +243,7 @@ class RedisStore:
             raise too_many(self.description)
         if answer == b"late":
             raise _Lost(f"{self.description}: answered too late")
-        raise _Refused(f"{self.description}: answered what no script of ours does")
+        raise self._strange()
 
     # what others change
 
@@ -288,9 +295,12 @@ class RedisStore:
 
     # asking
 
+    def _strange(self) -> StoreAway:
+        return _Refused(f"{self.description}: answered what no script of ours does; is it a Redis?")
+
     def _texts(self, answer: object, readable: Readable) -> dict[str, str]:
         if not isinstance(answer, list) or not answer or not isinstance(answer[0], int):
-            raise StoreAway(f"{self.description}: answered what no script of ours does")
+            raise self._strange()
         if answer[0] < 0:
             what, most = ("records", MAX_RECORDS) if answer[0] == -1 else ("bytes", MAX_TOTAL_BYTES)
             raise StoreAway(
@@ -320,6 +330,9 @@ class RedisStore:
             _Refused: Redis answered that it does not do this.
             _Lost: no answer came; whether it was done is not known.
         """
+        if self._closed:
+            question.close()
+            raise _Refused(f"{self.description}: this frontend has closed it")
         seconds = max(0.0, min(within, CALL_SECONDS))
         try:
             return await _within(seconds, question)

@@ -50,6 +50,9 @@ LOCK_SECONDS = 2.0
 CALL_SECONDS = 5.0
 """How long a call may take, its turn in the line included; beyond that the disk counts as stuck."""
 
+CLOSE_SECONDS = 1.0
+"""For a stuck disk to come back when the frontend ends; what is on it does not need this."""
+
 APPLICATION_ID = 0x4C4D4F50
 """In the file's header: "LMOP". A file with another one belongs to another program."""
 
@@ -62,6 +65,7 @@ _SIZE = "length(CAST(key AS BLOB)) <= ? AND length(CAST(value AS BLOB)) <= ?"
 _WAYS_OUT = (
     ("is locked", "another process holds its lock; end that one, or wait"),
     ("readonly", "it cannot be written; make it and its folder writable for this user"),
+    ("disk I/O error", "its disk does not take or give it, or is full; make room, and see the system's log"),
     ("is full", "the disk is full; make room"),
     ("unable to open", "it cannot be opened; make it and its folder readable and writable for this user"),
     ("not a database", "it is no SQLite database; move it away, or name another file"),
@@ -80,6 +84,7 @@ class SqliteStore:
         self._readable = Readable(self.description, "records")
         self._reports = Reports()
         self._news = News()
+        self._closed = False
 
     async def open(self) -> None:
         await self._call(_File.changed)
@@ -126,11 +131,13 @@ class SqliteStore:
         return self._reports.all()
 
     async def close(self) -> None:
-        with contextlib.suppress(StoreAway):
-            await self._call(_File.close)
-        self._pool.close()
+        if not self._closed:
+            with contextlib.suppress(StoreAway):
+                await self._call(_File.close, seconds=CLOSE_SECONDS)
+            self._closed = True
+            self._pool.close()
 
-    async def _call(self, call: Callable[[_File], T]) -> T:
+    async def _call(self, call: Callable[[_File], T], *, seconds: float | None = None) -> T:
         """The result of `call(file)`, made in the store's thread.
 
         Raises:
@@ -142,12 +149,15 @@ class SqliteStore:
                 "sqlite: there is no state folder, neither XDG_STATE_HOME nor HOME is an absolute path;"
                 " name a file with --registry sqlite:/a/file"
             )
+        if self._closed:
+            raise StoreAway(f"{self.description}: this frontend has closed it")
+        seconds = CALL_SECONDS if seconds is None else seconds
         try:
-            return await self._pool.run(lambda: call(file), seconds=CALL_SECONDS, what=self.description)
+            return await self._pool.run(lambda: call(file), seconds=seconds, what=self.description)
         except Refusal as refusal:
             if refusal.status != 504:
                 raise StoreAway(f"{self.description}: too many calls wait for the disk; try again later") from None
-            raise _Late(f"{self.description}: the disk does not answer within {CALL_SECONDS:g} seconds") from None
+            raise _Late(f"{self.description}: the disk does not answer within {seconds:g} seconds") from None
 
 
 class _Late(StoreAway):
