@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace, stop: threading.Event, children: list[Chil
     ]
     if settings.controller_address is not None:  # in this cluster the workers report to this controller
         workers += ["--set", f"controller_address={placements[-1].address}"]
-    nodes = ["--nodes", json.dumps([placement.node for placement in placements])]
+    nodes = ["--registry", "memory", "--nodes", json.dumps([placement.node for placement in placements])]
     prefix = ["--socket-prefix", settings.internal_api_server_socket_path_prefix or ""]
     listen = ["--host", options.host, "--port", str(frontend.port)]
     for name, command, servers in (
