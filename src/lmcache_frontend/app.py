@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
@@ -20,6 +20,9 @@ POLICY: web.AppKey[Policy] = web.AppKey("policy", Policy)
 TARGETS: web.AppKey[Targets] = web.AppKey("targets", Targets)
 HEALTH: web.AppKey[HealthBoard] = web.AppKey("health", HealthBoard)
 
+READY: web.AppKey[Callable[[], str | None]] = web.AppKey("ready")
+"""Why the frontend is not ready to be asked, or `None`. Who knows a reason replaces it."""
+
 ENTRY_POINTS = "lmcache_frontend.routes"
 """Installed packages declare modules with routes under this entry point."""
 
@@ -33,7 +36,10 @@ def create_app(options: Options, registry: Registry) -> web.Application:
     app = web.Application(middlewares=[refusals, own_site_only])
     app[REGISTRY] = registry
     app[POLICY] = Policy(registry, options.socket_prefix)
+    app[HEALTH] = HealthBoard(registry, interval=options.health_interval)
+    app[READY] = lambda: None  # this registry is loaded before anything else is there
     app.cleanup_ctx.append(_targets)
+    app.cleanup_ctx.append(_checks)
     folders = options.route_folder or []
     routes.add_routes(
         app,
@@ -50,7 +56,11 @@ def create_app(options: Options, registry: Registry) -> web.Application:
 
 async def _targets(app: web.Application) -> AsyncIterator[None]:
     app[TARGETS] = Targets(app[REGISTRY].has)
-    app[HEALTH] = HealthBoard(app[REGISTRY])
+    yield
+    await app[TARGETS].close()
+
+
+async def _checks(app: web.Application) -> AsyncIterator[None]:
+    app[HEALTH].start()
     yield
     await app[HEALTH].close()
-    await app[TARGETS].close()

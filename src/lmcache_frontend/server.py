@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 
-from lmcache_frontend.app import create_app
+from lmcache_frontend.app import HEALTH, create_app
 from lmcache_frontend.discovery.heartbeat import HEARTBEAT, Heartbeat
 from lmcache_frontend.nodes.node import Node, Proxy, read_list
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options
+from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_shared.address import TcpAddress, tcp_address
 from lmcache_shared.errors import ConfigError
 from lmcache_shared.listen import make_runner, make_site
@@ -44,9 +45,10 @@ class FrontendServer:
     def __init__(self, options: Options, nodes: Iterable[Node | Proxy] = ()) -> None:
         self.address: TcpAddress = tcp_address(options.host, options.port)
         self.registry = _registry(options, nodes)
-        self.heartbeat = _heartbeat(options, self.registry)
         self._options = options
         app = create_app(options, self.registry)
+        self.health = app[HEALTH]
+        self.heartbeat = _heartbeat(options, self.registry, self.health)
         app[HEARTBEAT] = self.heartbeat
         self._runner = make_runner(
             app,
@@ -98,20 +100,23 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
             say("stopping")
         return
     registry = _registry(options, nodes)
-    heartbeat = _heartbeat(options, registry)
+    health = HealthBoard(registry, interval=options.health_interval)
+    heartbeat = _heartbeat(options, registry, health)
+    health.start()
     _start(heartbeat, options)
     say(f"frontend sends heartbeats and serves nothing ({sum(1 for _ in registry.nodes())} nodes)")
     await stop.wait()
     say("stopping")
     await heartbeat.stop()
+    await health.close()
 
 
 def _registry(options: Options, nodes: Iterable[Node | Proxy]) -> Registry:
     return Registry([*nodes, *read_nodes(options)], host=options.host, port=options.port)
 
 
-def _heartbeat(options: Options, registry: Registry) -> Heartbeat:
-    return Heartbeat(registry, port=options.port, report_host=options.report_host)
+def _heartbeat(options: Options, registry: Registry, health: HealthBoard) -> Heartbeat:
+    return Heartbeat(registry, health, port=options.port, report_host=options.report_host)
 
 
 def _start(heartbeat: Heartbeat, options: Options) -> None:
