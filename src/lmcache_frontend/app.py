@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
@@ -27,6 +27,9 @@ POLICY: web.AppKey[Policy] = web.AppKey("policy", Policy)
 TARGETS: web.AppKey[Targets] = web.AppKey("targets", Targets)
 HEALTH: web.AppKey[HealthBoard] = web.AppKey("health", HealthBoard)
 
+READY: web.AppKey[Callable[[], str | None]] = web.AppKey("ready")
+"""Why the frontend is not ready to be asked, or `None`. Who knows a reason replaces it."""
+
 ENTRY_POINTS = "lmcache_frontend.routes"
 """Installed packages declare modules with routes under this entry point."""
 
@@ -43,6 +46,8 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     app[BY_HAND] = cluster.by_hand
     app[NEIGHBOURS] = cluster.neighbours
     app[POLICY] = Policy(cluster.registry, options.socket_prefix)
+    app[HEALTH] = cluster.health
+    app[READY] = cluster.not_ready
     app.cleanup_ctx.append(_targets)
     folders = options.route_folder or []
     routes.add_routes(
@@ -60,7 +65,5 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
 
 async def _targets(app: web.Application) -> AsyncIterator[None]:
     app[TARGETS] = Targets(app[REGISTRY].has)
-    app[HEALTH] = HealthBoard(app[REGISTRY])
     yield
-    await app[HEALTH].close()
     await app[TARGETS].close()

@@ -1,4 +1,4 @@
-"""What the frontend knows of the cluster, and what keeps it known: the sources, the store, the neighbours."""
+"""What the frontend knows of the cluster, and what keeps it known: the sources, the store, neighbours, checks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lmcache_frontend.nodes.sources import Source, Sources, end
 from lmcache_frontend.nodes.sources.file import lmcache_file, node_file
 from lmcache_frontend.nodes.stores import StoreAway, open_store
 from lmcache_frontend.options import Options
+from lmcache_frontend.telemetry.health import HealthBoard
 
 TICK_SECONDS = 1.0
 
@@ -33,6 +34,7 @@ class Cluster:
         self.registry.publish("plugin", nodes)
         if options.nodes is not None:
             self.registry.publish("nodes", read_list(options.nodes.encode("utf-8", "surrogateescape"), "--nodes"))
+        self.health = HealthBoard(self.registry, interval=options.health_interval)
         self.store = open_store(options.registry, options.port)
         self.by_hand = ByHand(self.registry, self.store)
         self.neighbours = Neighbours(self.registry, options.refresh_interval)
@@ -47,6 +49,7 @@ class Cluster:
         except StoreAway as away:
             self.by_hand.note(away)
         self.sources.start()
+        self.health.start()
         self._tasks = [
             asyncio.create_task(self.by_hand.run(), name="store"),
             asyncio.create_task(self.neighbours.run(), name="neighbours"),
@@ -54,10 +57,15 @@ class Cluster:
         ]
 
     async def stop(self) -> None:
+        await self.health.close()
         await self.sources.close()
         await end(self._tasks)
         self._tasks = []
         await self.store.close()
+
+    def not_ready(self) -> str | None:
+        """Why this frontend does not know its nodes yet; None when it does, or did before its store went away."""
+        return None if self.by_hand.loaded else f"nodes by hand have not been read yet: {self.by_hand.problem}"
 
     async def _tick(self) -> None:
         while True:

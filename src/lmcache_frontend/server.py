@@ -13,7 +13,6 @@ from lmcache_frontend.app import create_app
 from lmcache_frontend.cluster import Cluster
 from lmcache_frontend.discovery.heartbeat import HEARTBEAT, Heartbeat
 from lmcache_frontend.nodes.node import Node, Proxy
-from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options
 from lmcache_shared.address import TcpAddress, tcp_address
 from lmcache_shared.listen import make_runner, make_site
@@ -43,7 +42,7 @@ class FrontendServer:
     def __init__(self, options: Options, nodes: Iterable[Node | Proxy] = ()) -> None:
         self.address: TcpAddress = tcp_address(options.host, options.port)
         self.cluster = Cluster(options, nodes)
-        self.heartbeat = _heartbeat(options, self.cluster.registry)
+        self.heartbeat = _heartbeat(options, self.cluster)
         self._options = options
         app = create_app(options, self.cluster)
         app[HEARTBEAT] = self.heartbeat
@@ -101,12 +100,14 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
             say("stopping")
         return
     cluster = Cluster(options, nodes)
-    heartbeat = _heartbeat(options, cluster.registry)
+    heartbeat = _heartbeat(options, cluster)
+    cluster.health.start()
     _start(heartbeat, options)
     say(f"frontend sends heartbeats and serves nothing ({sum(1 for _ in cluster.registry.nodes())} nodes)")
     await stop.wait()
     say("stopping")
     await heartbeat.stop()
+    await cluster.health.close()
 
 
 @contextlib.contextmanager
@@ -120,8 +121,8 @@ def _hangup_reloads(cluster: Cluster) -> Iterator[None]:
         loop.remove_signal_handler(signal.SIGHUP)
 
 
-def _heartbeat(options: Options, registry: Registry) -> Heartbeat:
-    return Heartbeat(registry, port=options.port, report_host=options.report_host)
+def _heartbeat(options: Options, cluster: Cluster) -> Heartbeat:
+    return Heartbeat(cluster.registry, cluster.health, port=options.port, report_host=options.report_host)
 
 
 def _start(heartbeat: Heartbeat, options: Options) -> None:

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_api.pytest_plugin import StartApi
-from lmcache_frontend.app import HEALTH
 from lmcache_frontend.cluster import Cluster
 from lmcache_frontend.nodes import node
 from lmcache_frontend.nodes.node import Node, Reach, read_list
@@ -15,6 +14,7 @@ from lmcache_frontend.pytest_plugin import StartFrontend
 from lmcache_shared.address import TcpAddress, UnixAddress
 from lmcache_shared.errors import ConfigError
 from tests.contract.exchanges import read
+from tests.frontend.boards import settled
 from tests.frontend.registries import entries, registry_of
 
 N1 = {"name": "n1", "host": "127.0.0.1", "port": "/run/example/worker0.sock"}
@@ -84,8 +84,8 @@ async def test_through_two_frontends(api_server: StartApi, frontend_server: Star
         assert (response.status, await response.json()) == (200, "0.1.0-embedded")
     async with near.client.get("/proxy2/far/proxy2/lmcache_worker0/version") as response:
         assert (response.status, await response.json()) == (200, "0.1.0-embedded")
-    (found,) = await near.server._runner.app[HEALTH].read()
-    assert (found.up, found.role) == (True, "worker")
+    (found,) = await settled(near)
+    assert (found.state, found.role) == ("up", "worker")
     await far.server.stop()
     async with near.client.get("/proxy2/w/version") as response:
         assert response.status == 502

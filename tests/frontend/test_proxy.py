@@ -14,10 +14,11 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from lmcache_api.pytest_plugin import StartApi, free_port
-from lmcache_frontend.app import HEALTH, TARGETS
+from lmcache_frontend.app import TARGETS
 from lmcache_frontend.proxy import transport
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from lmcache_shared.address import UnixAddress, quote_socket
+from tests.frontend.boards import settled
 from tests.frontend.upstream import Upstream, raw, serving
 
 MIB = 1 << 20
@@ -54,8 +55,8 @@ async def test_ipv6(api_server: StartApi, frontend_server: StartFrontend) -> Non
     for path in (f"/proxy/[::1]/{port}/version", f"/proxy/%3A%3A1/{port}/version", "/proxy2/lmcache_worker0/version"):
         async with frontend.client.get(URL(frontend.url + path, encoded=True)) as response:
             assert (response.status, await response.json()) == (200, "0.1.0-embedded")
-    (found,) = await frontend.server._runner.app[HEALTH].read()
-    assert found.up
+    (found,) = await settled(frontend)
+    assert found.state == "up"
 
 
 async def test_run_script_through_the_proxy(api_server: StartApi, frontend_server: StartFrontend) -> None:

@@ -117,5 +117,5 @@ def _detailed_node(app: web.Application, node: Node, proxy_name: str) -> dict[st
         "path": path,
         "origin": node.origin or (registry.identity, path),
         "through": node.through,
-        "health": None if True else app[HEALTH],
+        "health": app[HEALTH].of(proxy_name, node.name).as_json(),
     }

@@ -23,6 +23,7 @@ from yarl import URL
 
 from lmcache_frontend.discovery.version import first_version
 from lmcache_frontend.nodes.registry import Registry
+from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_shared.address import TcpAddress
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,15 @@ class Heartbeat:
     """Reports to one service at a time, in the event loop that starts it.
 
     Args:
-        registry: whose nodes are counted and asked for their version.
+        registry: whose nodes are counted.
+        health: knows their version.
         port: the port that is reported.
         report_host: the host that is reported; without one this machine's address on the way to the service.
     """
 
-    def __init__(self, registry: Registry, *, port: int, report_host: str | None = None) -> None:
+    def __init__(self, registry: Registry, health: HealthBoard, *, port: int, report_host: str | None = None) -> None:
         self._registry = registry
+        self._health = health
         self._port = port
         self._report_host = report_host
         self._startup_time = _now()
@@ -122,9 +125,9 @@ class Heartbeat:
     async def _send(self, url: URL) -> None:
         if self._report_host is None:
             self._host = await address_towards(url)
-        nodes = list(self._registry.nodes())
-        version = await first_version(nodes) or VERSION_WHEN_NONE_ANSWERS
-        other = {"startup_time": self._startup_time, "nodes_count": len(nodes)}
+        version = await first_version(self._health) or VERSION_WHEN_NONE_ANSWERS
+        count = sum(1 for _ in self._registry.nodes())
+        other = {"startup_time": self._startup_time, "nodes_count": count}
         parameters = {
             "api_address": f"http://{TcpAddress(self._host.strip('[]'), self._port)}",
             "pid": str(os.getpid()),

@@ -209,7 +209,8 @@ class Registry:
             until = self._now() + self._stale_seconds
             gone_heads = [name for name in layer.heads if name not in heads][: MAX_NODES - len(heads)]
             gone_nodes = [key for key in layer.nodes if key not in nodes][: MAX_NODES - len(nodes)]
-            leaves = {name: layer.leaves.get(name, until) for name in [*gone_heads, *gone_nodes]}
+            gone: list[Name] = [*gone_heads, *gone_nodes]
+            leaves = {name: layer.leaves.get(name, until) for name in gone}
             # In the order that there was, so that nothing jumps about in a list.
             heads = {name: head for name, head in layer.heads.items() if name in leaves or name in heads} | heads
             nodes = {key: node for key, node in layer.nodes.items() if key in leaves or key in nodes} | nodes

@@ -1,141 +1,359 @@
-"""Which nodes are up, what they are and which version they run: asked when somebody wants to know, not more often."""
+"""Which nodes are up, what they are and which version they run: every node is asked again and again, in turns.
+
+A check is one `GET /version` on a connection of its own. Each node has a timer; the first checks begin as soon as
+possible, the second ones at moments that are spread evenly over the interval, so that 1,000 nodes are 100 small
+questions a second and no burst. A node that fails is asked again sooner, so that it is soon known to be down, or back.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
+import logging
+import random
+import re
 import time
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime, timezone
 
-import aiohttp
-
-from lmcache_frontend.nodes.node import Node
+from lmcache_frontend.nodes.node import Node, Proxy
 from lmcache_frontend.nodes.registry import Registry
-from lmcache_frontend.proxy.transport import Target, reason
+from lmcache_frontend.telemetry.changes import ChangeLog
+from lmcache_frontend.telemetry.client import Answer, NoAnswer, ask, request_bytes
+from lmcache_frontend.telemetry.names import Names, NotAsked
+from lmcache_frontend.telemetry.states import FALL, RISE, STATES, Checked, NodeHealth, State, after
 
-PROBE_SECONDS = 2.0
-"""How long one node has to answer."""
+__all__ = ["HealthBoard", "NodeHealth"]
 
-BOARD_SECONDS = 4.0
-"""How long all nodes together have; those not asked by then are told as unknown."""
+logger = logging.getLogger(__name__)
 
-FRESH_SECONDS = 2.0
-"""How long an answer is used again, however many pages are open."""
+CHECKS_AT_ONCE = 256
 
-PROBES_AT_ONCE = 64
-MAX_ANSWER_BYTES = 64 << 10
-MAX_SHOWN_LENGTH = 60
+FAILING_AT_ONCE = 192
+"""Of these; nodes that hang may not delay the checks of nodes that answer."""
+
+LOOK_SECONDS = 1.0
+"""How often the registry is looked at for nodes that came or went."""
+
+FIRST_PAUSE_SECONDS = 1.0
+"""After a failure; it doubles with each further one, up to the interval."""
+
+JITTER = 0.1
+"""An interval is up to so much shorter or longer."""
+
+ROLE_SECONDS = 300.0
+"""How often a node is asked for its role beside its coming up and its change of version."""
+
+MAX_TEXT_LENGTH = 100
 """Of a version or a role."""
 
+_GOLDEN = 0.6180339887498949
+"""Its multiples, less their whole part, lie evenly between 0 and 1, however many there are."""
 
-@dataclass(frozen=True)
-class NodeHealth:
-    """What a node said. `up` is `None` when it was not asked in time; `problem` tells why it is not up."""
-
-    node: Node
-    up: bool | None
-    role: str | None = None
-    version: str | None = None
-    milliseconds: float | None = None
-    problem: str | None = None
+_VERSION = re.compile(r"v?[0-9][0-9A-Za-z.+!_-]*", re.ASCII)
+"""A version that stands there as bare text."""
 
 
 class HealthBoard:
-    """The health of all nodes, asked once for everybody who wants to know at the same time."""
+    """The health of every node of the registry, in one event loop.
 
-    def __init__(self, registry: Registry) -> None:
+    Args:
+        registry: whose nodes are checked; what comes and goes there is noticed within a second.
+        interval: the seconds between two checks of a node.
+        rise: so many checks in a row bring a node up that was down.
+        fall: so many failures in a row take one down that was up.
+    """
+
+    def __init__(self, registry: Registry, *, interval: float = 10.0, rise: int = RISE, fall: int = FALL) -> None:
         self._registry = registry
-        self._round: asyncio.Task[list[NodeHealth]] | None = None
-        self._round_ended = 0.0
-        self._late: set[Node] = set()
-        """Nodes that the last round did not get to; the next one asks them first."""
+        self._interval = interval
+        self._rise = rise
+        self._fall = fall
+        self._watched: dict[tuple[str, str], _Watched] = {}
+        self._seen: list[tuple[str, tuple[Node, ...]]] = []
+        self._added = 0
+        self._lanes = (_Lane(CHECKS_AT_ONCE), _Lane(FAILING_AT_ONCE))
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unsettled: set[_Watched] = set()
+        self._settled = asyncio.Event()
+        self._names = Names()
+        self._log = ChangeLog()
+        self._look_timer: asyncio.TimerHandle | None = None
+        self._closed = False
+        self.revision = 0
+        """Another one whenever anything on the board has changed."""
 
-    async def read(self) -> list[NodeHealth]:
-        """Every node's health, in the registry's order, not older than `FRESH_SECONDS`."""
-        task = self._round
-        if task is None or (task.done() and time.monotonic() - self._round_ended > FRESH_SECONDS):
-            task = self._round = asyncio.create_task(self._ask_all(), name="health round")
-        return await asyncio.shield(task)
+    def start(self) -> None:
+        """Check from now on, in the running event loop."""
+        self._look_again()
 
     async def close(self) -> None:
-        if self._round is not None:
-            self._round.cancel()
-            await asyncio.gather(self._round, return_exceptions=True)
-
-    async def _ask_all(self) -> list[NodeHealth]:
-        nodes = list(self._registry.nodes())
-        gate = asyncio.Semaphore(PROBES_AT_ONCE)
-        late_ones_first = sorted(nodes, key=lambda node: node not in self._late)
-        tasks = {node: asyncio.create_task(self._ask(node, gate), name="probe") for node in late_ones_first}
-        try:
-            if tasks:
-                await asyncio.wait(tasks.values(), timeout=BOARD_SECONDS)
-        finally:
-            for task in tasks.values():
+        """Check no more; what is in flight ends at once."""
+        self._closed = True
+        if self._look_timer is not None:
+            self._look_timer.cancel()
+        for watched in self._watched.values():
+            watched.stop()
+        while self._tasks:
+            for task in self._tasks:
                 task.cancel()
-        self._round_ended = time.monotonic()
-        self._late = {node for node, task in tasks.items() if not task.done()}
-        late = "not asked within the time for all nodes"
-        return [NodeHealth(node, None, problem=late) if node in self._late else tasks[node].result() for node in nodes]
+            await asyncio.wait(self._tasks, timeout=0.1)  # again, should one have forgotten it
+        await self._names.close()
+        self._log.close()
 
-    async def _ask(self, node: Node, gate: asyncio.Semaphore) -> NodeHealth:
-        async with gate:
-            # A client of its own: a node whose pool is full of stuck calls is up, and 10,000 idle connections are none.
-            target = Target(node.reach.address)
+    def of(self, proxy_name: str, node_name: str) -> NodeHealth:
+        """The health of this node of this proxy.
+
+        Raises:
+            KeyError: the registry has no such node.
+        """
+        watched = self._watched.get((proxy_name, node_name))
+        if watched is not None:
+            return watched.health
+        for proxy in self._registry.proxies():
+            if proxy.name == proxy_name:
+                for node in proxy.nodes:
+                    if node.name == node_name:
+                        return NodeHealth(node, proxy_name)
+        raise KeyError((proxy_name, node_name))
+
+    def all(self) -> list[NodeHealth]:
+        """Every node's health, in the registry's order."""
+        return [health for _, found in self.by_proxy() for health in found]
+
+    def by_proxy(self) -> Iterator[tuple[Proxy, list[NodeHealth]]]:
+        """The same, proxy by proxy."""
+        for proxy in self._registry.proxies():
+            yield proxy, [self._health_of(proxy, node) for node in proxy.nodes]
+
+    def counts(self) -> dict[State, int]:
+        """How many nodes are in each state."""
+        found = Counter(health.state for health in self.all())
+        return {state: found[state] for state in STATES}
+
+    async def settled(self, seconds: float) -> bool:
+        """Wait until every node has been checked once, so many seconds at most; whether it is so."""
+        self._look()
+        if self._unsettled:
+            waiting = asyncio.ensure_future(self._settled.wait())
             try:
-                clock = time.perf_counter()
-                version = await asyncio.wait_for(_answer(target, f"{node.reach.prefix}/version"), PROBE_SECONDS)
-                milliseconds = (time.perf_counter() - clock) * 1000
-                return NodeHealth(node, True, await _role(node, target), _short(version), milliseconds)
-            except asyncio.TimeoutError:
-                return NodeHealth(node, False, problem=f"no answer within {PROBE_SECONDS:g} seconds")
-            except (aiohttp.ClientError, OSError, ValueError) as error:
-                return NodeHealth(node, False, problem=_problem(error))
+                await asyncio.wait({waiting}, timeout=seconds)
             finally:
-                await target.session.close()
+                waiting.cancel()
+        return not self._unsettled
+
+    def _health_of(self, proxy: Proxy, node: Node) -> NodeHealth:
+        watched = self._watched.get((proxy.name, node.name))
+        known = watched is not None and (watched.health.node is node or watched.health.node == node)
+        return watched.health if watched is not None and known else NodeHealth(node, proxy.name)
+
+    def _look_again(self) -> None:
+        try:
+            self._look()
+        finally:  # whatever the registry did
+            if not self._closed:
+                self._look_timer = asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look_again)
+
+    def _look(self) -> None:
+        """Notice what has changed in the registry; nothing has while its tuples of nodes are the same objects."""
+        if self._closed:
+            return
+        seen = [(proxy.name, proxy.nodes) for proxy in self._registry.proxies()]
+        if len(seen) == len(self._seen) and all(
+            name == old_name and nodes is old_nodes
+            for (name, nodes), (old_name, old_nodes) in zip(seen, self._seen, strict=True)
+        ):
+            return
+        self._seen = seen
+        self.revision += 1
+        wanted = {(name, node.name): node for name, nodes in seen for node in nodes}
+        for key in [key for key in self._watched if key not in wanted]:
+            self._forget(key)
+        for key, node in wanted.items():
+            watched = self._watched.get(key)
+            if watched is not None and watched.reach == node.reach:
+                if watched.health.node != node:
+                    watched.health = replace(watched.health, node=node)
+                continue
+            if watched is not None:
+                self._forget(key)
+            self._watch(key, node)
+
+    def _watch(self, key: tuple[str, str], node: Node) -> None:
+        self._added += 1
+        watched = self._watched[key] = _Watched(NodeHealth(node, key[0]), phase=(self._added * _GOLDEN) % 1)
+        self._unsettled.add(watched)
+        self._settled.clear()
+        self._due(watched)
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        watched = self._watched.pop(key)
+        watched.stop()
+        self._settle(watched)
+
+    def _settle(self, watched: _Watched) -> None:
+        self._unsettled.discard(watched)
+        if not self._unsettled:
+            self._settled.set()
+
+    def _due(self, watched: _Watched) -> None:
+        watched.due = time.monotonic()
+        self._lanes[watched.failing].waiting.append(watched)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin as many of the waiting checks as there is room for."""
+        for failing, lane in enumerate(self._lanes):
+            while lane.waiting and lane.running < lane.room and len(self._tasks) < CHECKS_AT_ONCE:
+                watched = lane.waiting.popleft()
+                if watched.stopped:
+                    continue
+                lane.running += 1
+                watched.task = task = asyncio.create_task(self._check(watched), name="health check")
+                self._tasks.add(task)
+                task.add_done_callback(lambda task, w=watched, f=failing: self._ended(w, f, task))  # type: ignore[misc]
+
+    def _ended(self, watched: _Watched, failing: int, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._lanes[failing].running -= 1
+        if self._closed:
+            return
+        if not watched.stopped:
+            self._settle(watched)
+            seconds = pause(self._interval, watched.health, watched.phase if watched.checks == 1 else None)
+            delay = max(0.0, watched.due + seconds - time.monotonic())
+            watched.timer = asyncio.get_running_loop().call_later(delay, self._due, watched)
+        self._begin()
+
+    async def _check(self, watched: _Watched) -> None:
+        """Ask one node. Whatever comes of it is an outcome, and the next check follows."""
+        watched.checks += 1
+        version = watched.health.version
+        try:
+            answer = await ask(watched.reach.address, watched.request, self._names)
+            found = _outcome(answer, behind_a_frontend=bool(watched.reach.prefix))
+        except NoAnswer as error:
+            found = Checked(str(error))
+        except NotAsked as error:
+            found = Checked(str(error), asked=False)
+        except Exception as error:
+            logger.debug("a check failed", exc_info=True)
+            found = Checked(f"could not be asked: {type(error).__name__}", asked=False)
+        came_up = not watched.health.answers
+        self._publish(watched, after(watched.health, found, _now(), rise=self._rise, fall=self._fall))
+        is_due = came_up or watched.health.version != version or time.monotonic() >= watched.role_due
+        if is_due and watched.health.answers and found.problem is None:
+            await self._ask_role(watched)
+
+    async def _ask_role(self, watched: _Watched) -> None:
+        """Its role; a node that does not tell has none, one that fails to tell keeps the one that it had."""
+        watched.role_due = time.monotonic() + ROLE_SECONDS * random.uniform(1 - JITTER, 1)  # noqa: S311 - a spread
+        try:
+            answer = await ask(watched.reach.address, watched.role_request, self._names)
+        except (NoAnswer, NotAsked):
+            return
+        if answer.status < 500:
+            metadata = _json(answer)
+            role = text_of(metadata.get("role")) if isinstance(metadata, dict) else None
+            self._publish(watched, replace(watched.health, role=role))
+
+    def _publish(self, watched: _Watched, health: NodeHealth) -> None:
+        if watched.stopped:
+            return
+        changed = health.state != watched.health.state
+        watched.health = health
+        self.revision += 1
+        if changed:
+            self._log.note(health)
 
 
-async def _role(node: Node, target: Target) -> str | None:
-    """What it says of its role; a node that has told its version is up whatever comes of this."""
-    try:
-        metadata = await asyncio.wait_for(_answer(target, f"{node.reach.prefix}/meta?names=role"), PROBE_SECONDS)
-    except (aiohttp.ClientError, OSError, ValueError, asyncio.TimeoutError):
-        return None
-    return _short(metadata.get("role")) if isinstance(metadata, dict) else None
+class _Lane:
+    """Checks that wait for their turn, and how many of their kind run."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.running = 0
+        self.waiting: deque[_Watched] = deque()
 
 
-async def _answer(target: Target, path: str) -> object:
-    """The JSON that the target answers, `None` where it has no such endpoint or answers something else.
+class _Watched:
+    """One node, its timer and its check in flight."""
 
-    Raises:
-        ValueError: it answers with an error of its own (5xx).
+    def __init__(self, health: NodeHealth, *, phase: float) -> None:
+        self.health = health
+        self.phase = phase
+        self.reach = health.node.reach
+        self.request = request_bytes(self.reach.address, f"{self.reach.prefix}/version")
+        self.role_request = request_bytes(self.reach.address, f"{self.reach.prefix}/meta?names=role")
+        self.role_due = 0.0
+        self.due = 0.0
+        self.checks = 0
+        self.timer: asyncio.TimerHandle | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.stopped = False
+
+    @property
+    def failing(self) -> bool:
+        """Whether it may well hang this time."""
+        return self.health.failures > 0
+
+    def stop(self) -> None:
+        self.stopped = True
+        if self.timer is not None:
+            self.timer.cancel()
+        if self.task is not None:
+            self.task.cancel()
+
+
+def pause(interval: float, health: NodeHealth, phase: float | None = None) -> float:
+    """The seconds until the next check of a node.
+
+    Args:
+        interval: the seconds between two checks of a node that is well.
+        health: as the last check found it.
+        phase: after the first check of a node, its place in the interval, from 0 to 1.
     """
-    with target as session:
-        async with session.get(target.url(path), allow_redirects=False) as response:
-            body = await response.content.read(MAX_ANSWER_BYTES)
-    if response.status >= 500:
-        raise ValueError(f"answers {response.status}")
+    if health.failures or health.state == "down":
+        seconds = min(interval, FIRST_PAUSE_SECONDS * 2.0 ** min(max(health.failures - 1, 0), 16))
+    elif phase is not None:
+        return phase * interval
+    else:
+        seconds = interval
+    return seconds * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - spreads, keeps no secret
+
+
+def _outcome(answer: Answer, *, behind_a_frontend: bool) -> Checked:
+    """An answer below 500 is a node that is up; a 403 of another frontend is its own, the node was not reached."""
+    if answer.status >= 500 or (answer.status == 403 and behind_a_frontend):
+        return Checked(f"answers {answer.status}")
+    version = version_of(answer.body) if answer.status == 200 and answer.body is not None else None
+    return Checked(milliseconds=answer.milliseconds, version=version)
+
+
+def version_of(body: bytes) -> str | None:
+    """A version as LMCache's servers write it, in quotes of either kind, or as bare text; `None` for anything else."""
     try:
-        return json.loads(body) if response.status == 200 else None
+        return text_of(json.loads(body))
+    except (ValueError, RecursionError):
+        text = body[: MAX_TEXT_LENGTH * 2].decode("utf-8", "replace").strip().strip("'")
+        return text_of(text) if _VERSION.fullmatch(text) else None
+
+
+def text_of(value: object) -> str | None:
+    """A text that is short and can be shown, or `None`."""
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT_LENGTH or not value.isprintable():
+        return None
+    return value
+
+
+def _json(answer: Answer) -> object:
+    try:
+        return json.loads(answer.body) if answer.status == 200 and answer.body is not None else None
     except (ValueError, RecursionError):
         return None
 
 
-def _short(value: object) -> str | None:
-    return _printable(value[:MAX_SHOWN_LENGTH]) if isinstance(value, str) and value else None
-
-
-def _printable(text: str) -> str:
-    """JSON can hold half a character (a lone surrogate), which no page can."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _problem(error: Exception) -> str:
-    if isinstance(error, aiohttp.ClientConnectorError):
-        # asyncio's own text names the address again; a name that cannot be resolved has a negative number
-        number = error.errno or 0
-        return os.strerror(number) if number > 0 else error.os_error.strerror or "cannot connect"
-    if isinstance(error, aiohttp.ClientResponseError):
-        return "answers something that is no HTTP"
-    return _printable(reason(error))
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
