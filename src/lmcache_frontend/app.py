@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from aiohttp import web
 
 from lmcache_frontend.cluster import Cluster
+from lmcache_frontend.discovery.service import DiscoveryService
 from lmcache_frontend.nodes.by_hand import ByHand
 from lmcache_frontend.nodes.neighbours import Neighbours
 from lmcache_frontend.nodes.registry import Registry
@@ -23,6 +24,7 @@ REGISTRY: web.AppKey[Registry] = web.AppKey("registry", Registry)
 SOURCES: web.AppKey[Sources] = web.AppKey("sources", Sources)
 BY_HAND: web.AppKey[ByHand] = web.AppKey("by hand", ByHand)
 NEIGHBOURS: web.AppKey[Neighbours] = web.AppKey("neighbours", Neighbours)
+DISCOVERY: web.AppKey[DiscoveryService] = web.AppKey("discovery", DiscoveryService)
 POLICY: web.AppKey[Policy] = web.AppKey("policy", Policy)
 TARGETS: web.AppKey[Targets] = web.AppKey("targets", Targets)
 HEALTH: web.AppKey[HealthBoard] = web.AppKey("health", HealthBoard)
@@ -45,6 +47,7 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     app[SOURCES] = cluster.sources
     app[BY_HAND] = cluster.by_hand
     app[NEIGHBOURS] = cluster.neighbours
+    app[DISCOVERY] = cluster.discovery
     app[POLICY] = Policy(cluster.registry, options.socket_prefix)
     app[HEALTH] = cluster.health
     app[READY] = cluster.not_ready

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+from lmcache_frontend.discovery.service import DiscoveryService
 from lmcache_frontend.nodes.by_hand import ByHand
 from lmcache_frontend.nodes.neighbours import Neighbours
 from lmcache_frontend.nodes.node import Node, Proxy, read_list
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.sources import Source, Sources, end
 from lmcache_frontend.nodes.sources.file import lmcache_file, node_file
+from lmcache_frontend.nodes.sources.supplier import SupplierSource
 from lmcache_frontend.nodes.stores import StoreAway, open_store
 from lmcache_frontend.options import Options
 from lmcache_frontend.telemetry.health import HealthBoard
@@ -38,7 +40,9 @@ class Cluster:
         self.store = open_store(options.registry, options.port)
         self.by_hand = ByHand(self.registry, self.store)
         self.neighbours = Neighbours(self.registry, options.refresh_interval)
-        self.sources = Sources(_sources(options, self.registry))
+        self.discovery = DiscoveryService(self.registry, self.store)
+        self.by_hand.also.append(self.discovery.look)
+        self.sources = Sources([*_sources(options, self.registry), self.discovery])
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -79,4 +83,10 @@ def _sources(options: Options, registry: Registry) -> list[Source]:
         sources.append(node_file(options.config, registry))
     if options.lmcache_config is not None:
         sources.append(lmcache_file(options.lmcache_config, options.lmcache_workers, registry))
+    if options.node_supplier_url is not None:
+        sources.append(SupplierSource(options.node_supplier_url, options.refresh_interval, registry))
+    if options.dns:
+        from lmcache_frontend.nodes.sources.dns import DnsSource  # its library takes a while to load
+
+        sources.append(DnsSource(options.dns, options.dns_server, registry))
     return sources

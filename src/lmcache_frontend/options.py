@@ -7,13 +7,14 @@ The command line (`--socket-prefix`), the environment (`LMCACHE_FRONTEND_SOCKET_
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from yarl import URL
 
 from lmcache_frontend import plugins
+from lmcache_frontend.nodes.sources.dns_names import read_names, read_server
 from lmcache_frontend.nodes.stores.spec import check_spec
 from lmcache_shared.address import tcp_address
 from lmcache_shared.config import convert
@@ -188,8 +189,8 @@ def make_options(found: Mapping[str, Given]) -> Options:
         raise refuse("log_level", f"{options.log_level}: expected one of {', '.join(LOG_LEVELS)}")
     if options.socket_prefix is not None and not options.socket_prefix.startswith("/"):
         raise refuse("socket_prefix", f"{options.socket_prefix}: the path of a Unix socket starts with /")
-    if options.heartbeat_url is not None and (problem := _no_url(options.heartbeat_url)):
-        raise refuse("heartbeat_url", problem)
+    for name, problem in _discovery_problems(options):
+        raise refuse(name, problem)
     try:
         check_spec(options.registry)
     except ConfigError as error:
@@ -204,12 +205,27 @@ def make_options(found: Mapping[str, Given]) -> Options:
     return options
 
 
+def _discovery_problems(options: Options) -> Iterator[tuple[str, str]]:
+    """The options that say where to look for nodes, or to report to, and cannot; and why not."""
+    for name, url in (("heartbeat_url", options.heartbeat_url), ("node_supplier_url", options.node_supplier_url)):
+        if url is not None and (problem := url_problem(url)):
+            yield name, problem
+    try:
+        read_names(options.dns)
+    except ConfigError as error:
+        yield "dns", str(error)
+    try:
+        read_server(options.dns_server)
+    except ConfigError as error:
+        yield "dns_server", str(error)
+
+
 def _checkable(name: str, given: Given) -> tuple[object, Definition, str]:
     return given.value, DEFINITIONS[name], given.place
 
 
-def _no_url(text: str) -> str | None:
-    """Why heartbeats cannot go to this URL. It may hold a password, so it is not repeated."""
+def url_problem(text: str) -> str | None:
+    """Why nothing can be asked at this URL. It may hold a password, so it is not repeated."""
     try:
         url = URL(text)
     except ValueError:

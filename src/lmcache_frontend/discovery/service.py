@@ -1,0 +1,200 @@
+"""The discovery service: heartbeats that other frontends send here are kept, told on, and make them known.
+
+They are kept in the store. Frontends that share one therefore share them too, whichever of them a heartbeat came to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Annotated
+
+import msgspec
+
+from lmcache_frontend.nodes.found import MAX_FOUND, SCHEME, found_proxy, read_api_address
+from lmcache_frontend.nodes.registry import Registry
+from lmcache_frontend.nodes.sources import Told
+from lmcache_frontend.nodes.stores import Store, StoreAway
+from lmcache_shared.errors import AddressError
+
+KEEP_SECONDS = 24 * 3600.0
+"""How long a heartbeat is told of in `/lmcache_infos`, whose `?hour=` asks for hours back."""
+
+ALIVE_SECONDS = 100.0
+"""Who is silent for longer is no longer a proxy here: frontends report every 30 seconds, so three were missed."""
+
+LOOK_SECONDS = 5.0
+"""How often it is looked who is silent."""
+
+NEWS_SECONDS = 1.0
+"""However many heartbeats others keep, the store is read no more often than this."""
+
+READ_SECONDS = 30.0
+"""The store is read again after so long, whether it tells of a change or not."""
+
+_Time = Annotated[float, msgspec.Meta(ge=0, le=32_503_680_000)]
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What a heartbeat says; the times are seconds since 1970.
+
+    Attributes:
+        started: when the frontend started, as it says, or when it was first heard of.
+        reported: when it was last heard of, by the clock of the frontend that heard it.
+    """
+
+    pid: int | None
+    version: str
+    other_info: str
+    started: _Time
+    reported: _Time
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A heartbeat's parameters, checked."""
+
+    api_address: str
+    pid: int | None
+    version: str
+    other_info: str
+
+
+class Full(Exception):
+    """As many frontends as are kept report at the moment."""
+
+
+class DiscoveryService:
+    """Keeps heartbeats, and is the source of the proxies that send them.
+
+    Args:
+        registry: where those that are alive are published.
+        store: where heartbeats are kept.
+    """
+
+    name = "heartbeats"
+    place = "/heartbeat"
+
+    def __init__(self, registry: Registry, store: Store) -> None:
+        self.problems: Sequence[str] = ()
+        self._registry = registry
+        self._store = store
+        self._reports: dict[str, Report] = {}
+        self._alive: frozenset[str] = frozenset()
+        self._news = asyncio.Event()
+        self._told = Told(self.name, self.place)
+
+    async def keep(self, beat: Beat) -> None:
+        """Keep a heartbeat in the place of the frontend's former one.
+
+        Raises:
+            StoreAway: it cannot be kept.
+            Full: there is no room for another frontend.
+        """
+        now = time.time()
+        former = self._reports.get(beat.api_address)
+        same = former if former is not None and former.pid == beat.pid else None
+        started = _startup_time(beat.other_info) or (now if same is None else same.started)
+        report = Report(beat.pid, beat.version, beat.other_info, min(started, now), now)
+        if not await self._report(beat.api_address, report, KEEP_SECONDS):
+            await self._make_room(now)
+            if not await self._report(beat.api_address, report, KEEP_SECONDS):
+                raise Full
+        self._reports[beat.api_address] = report
+        if beat.api_address not in self._alive:
+            self._publish()
+
+    def since(self, seconds: float = KEEP_SECONDS) -> dict[str, Report]:
+        """The last heartbeat of every frontend that sent one in the last so many seconds, by its address."""
+        earliest = time.time() - min(seconds, KEEP_SECONDS)
+        return {address: report for address, report in sorted(self._reports.items()) if report.reported >= earliest}
+
+    async def look(self) -> None:
+        """The store may have changed."""
+        self._news.set()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self._read()
+                self.problems = ()
+            except StoreAway as away:
+                self.problems = [str(away)]
+            self._told.tell(self.problems)
+            await asyncio.sleep(NEWS_SECONDS)
+            unread = NEWS_SECONDS
+            while not await self._is_news(LOOK_SECONDS) and unread < READ_SECONDS:
+                unread += LOOK_SECONDS
+                self._publish()
+
+    def reload(self) -> None:
+        self._news.set()
+
+    async def _is_news(self, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(self._news.wait(), seconds)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    async def _read(self) -> None:
+        self._news.clear()
+        began = time.time()
+        found = {}
+        for address, text in (await self._store.reports()).items():
+            report = _report_of(address, text)
+            if report is not None:
+                found[address] = report
+        # What came while the store was read may not be in its answer yet.
+        late = {address: report for address, report in self._reports.items() if report.reported >= began}
+        self._reports = {**found, **late}
+        self._publish()
+
+    def _publish(self) -> None:
+        alive = self.since(ALIVE_SECONDS)
+        self._alive = frozenset(alive)
+        self._registry.publish(self.name, [found_proxy(read_api_address(address)) for address in alive], lasting=True)
+
+    async def _report(self, address: str, report: Report, seconds: float) -> bool:
+        text = msgspec.json.encode(report).decode()
+        return await self._store.report(address, text, keep_seconds=seconds, limit=MAX_FOUND)
+
+    async def _make_room(self, now: float) -> None:
+        """Forget who has been silent for longest: a day's restarts in a cluster leave many addresses behind.
+
+        Raises:
+            Full: nobody is silent.
+        """
+        address, report = min(self._reports.items(), key=lambda item: item[1].reported, default=("", None))
+        if report is None or report.reported > now - ALIVE_SECONDS:
+            raise Full
+        await self._report(address, report, 0.001)
+        self._reports.pop(address, None)
+        await asyncio.sleep(0.002)
+
+
+def _report_of(address: str, text: str) -> Report | None:
+    """A report as the store has it; None when nobody here wrote it."""
+    try:
+        report = msgspec.json.decode(text, type=Report)
+        usable = address == f"{SCHEME}{read_api_address(address)}"
+    except (msgspec.DecodeError, AddressError, RecursionError, UnicodeError):
+        return None
+    return report if usable else None
+
+
+class _OtherInfo(msgspec.Struct):
+    startup_time: str = ""
+
+
+def _startup_time(other_info: str) -> float | None:
+    """Seconds since 1970, when it says so; a time without a zone counts as this machine's."""
+    try:
+        text = msgspec.json.decode(other_info, type=_OtherInfo).startup_time
+        seconds = datetime.fromisoformat(text).astimezone(timezone.utc).timestamp()
+    except (msgspec.DecodeError, ValueError, OverflowError, OSError, RecursionError):
+        return None
+    return seconds if seconds > 0 else None
