@@ -11,10 +11,12 @@ from lmcache_frontend.options import Options
 from lmcache_frontend.proxy.policy import Policy
 from lmcache_frontend.proxy.transport import Targets
 from lmcache_frontend.telemetry.health import HealthBoard
+from lmcache_frontend.telemetry.own import CLUSTER_HEALTH, OWN_METRICS, ClusterHealth, OwnMetrics
 from lmcache_shared import routes
 from lmcache_shared.access import own_site_only
 from lmcache_shared.errors import refusals
 
+OPTIONS: web.AppKey[Options] = web.AppKey("options", Options)
 REGISTRY: web.AppKey[Registry] = web.AppKey("registry", Registry)
 POLICY: web.AppKey[Policy] = web.AppKey("policy", Policy)
 TARGETS: web.AppKey[Targets] = web.AppKey("targets", Targets)
@@ -31,7 +33,10 @@ def create_app(options: Options, registry: Registry) -> web.Application:
         RouteError: a route module is broken, or two claim one route.
     """
     app = web.Application(middlewares=[refusals, own_site_only])
+    app[OPTIONS] = options
     app[REGISTRY] = registry
+    app[CLUSTER_HEALTH] = ClusterHealth()
+    app[OWN_METRICS] = OwnMetrics(registry, app[CLUSTER_HEALTH])
     app[POLICY] = Policy(registry, options.socket_prefix)
     app.cleanup_ctx.append(_targets)
     folders = options.route_folder or []

@@ -5,6 +5,7 @@ from aiohttp import web
 from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
 from lmcache_frontend.proxy import target
 from lmcache_frontend.proxy.transport import forward
+from lmcache_frontend.telemetry.own import OWN_METRICS
 
 router = web.RouteTableDef()
 
@@ -22,5 +23,7 @@ async def by_name(request: web.Request) -> web.StreamResponse:
 
 
 async def _proxied(request: web.Request, wanted: target.ProxiedPath) -> web.StreamResponse:
-    allowed = request.app[POLICY].allowed(request, wanted.address)
-    return await forward(request, await request.app[TARGETS].get(allowed), wanted.path)
+    with request.app[OWN_METRICS].watching(wanted.address, wanted.path) as watched:
+        allowed = request.app[POLICY].allowed(request, wanted.address)
+        found = await request.app[TARGETS].get(allowed)
+        return watched.answered(await forward(request, found, wanted.path, watched.traffic))

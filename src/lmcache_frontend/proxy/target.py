@@ -36,14 +36,14 @@ def by_address(raw_path: str) -> ProxiedPath:
 
 
 def by_name(raw_path: str, registry: Registry) -> ProxiedPath:
-    """Read `/proxy2/{node name}/{path}`.
+    """Read `/proxy2/{node name}/{path}`; a name may be encoded once or twice, as a socket's path may.
 
     Raises:
         Refusal: 404, when no node or proxy has the name.
     """
     (quoted,), path = _split(raw_path, 1)
     name = unquote(quoted)
-    found = registry.find(name)
+    found = registry.find(name) or registry.find(unquote(name))
     if found is None:
         raise Refusal(404, f"Node with name '{name}' not found")
     return ProxiedPath(found.address, found.prefix + path)
