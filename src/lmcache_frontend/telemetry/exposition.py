@@ -108,7 +108,7 @@ class Merge:
         """Takes one node's text, and tells its number of samples, also of those that no matcher selects.
 
         Args:
-            labels: what every sample of it gets: node, proxy and instance.
+            labels: what every sample of it gets: node, proxy and instance; none for the frontend's own text.
             payload: the whole text.
             openmetrics: whether it is OpenMetrics; by default it is when `# EOF` is its end.
 
@@ -230,9 +230,9 @@ def _own_labels(labels: Mapping[str, str]) -> bytes:
     """A node's labels as they go into a template.
 
     Raises:
-        ValueError: there are none, or one has no name that Prometheus takes.
+        ValueError: one has no name that Prometheus takes.
     """
-    if not labels or not all(map(is_label_name, labels)):
+    if not all(map(is_label_name, labels)):
         raise ValueError(f"not the labels of a node: {list(labels)}")
     pairs = [b'%b="%b"' % (name.encode(), escaped(value)) for name, value in labels.items()]
     return b",".join(pairs).replace(b"%", b"%%")
@@ -332,7 +332,13 @@ def _filled(template: bytes, pick: _Pick, nodes: Sequence[Node]) -> Iterator[byt
         return
     step = PIECE // (2 * len(template)) + 1
     for start in range(0, len(nodes), step):
-        yield b"".join([template.replace(MARK, own) % pick(numbers) for own, numbers in nodes[start : start + step]])
+        yield b"".join([_labelled(template, own) % pick(numbers) for own, numbers in nodes[start : start + step]])
+
+
+def _labelled(template: bytes, own: bytes) -> bytes:
+    if own:
+        return template.replace(MARK, own)
+    return template.replace(b"{" + MARK + b"}", b"").replace(MARK + b",", b"")
 
 
 def _pieces(texts: Iterable[bytes]) -> Iterator[bytes]:

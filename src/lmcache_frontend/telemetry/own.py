@@ -21,13 +21,12 @@ from prometheus_client.metrics_core import Metric
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Node, Proxy
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.proxy.transport import Traffic
-from lmcache_frontend.telemetry.scrape import Outcome, Wanted
+from lmcache_frontend.telemetry.scrape import OURS, Outcome, Wanted
 from lmcache_shared.address import Address
 from lmcache_shared.errors import Refusal
 from lmcache_shared.version import VERSION
 
-PREFIX = "lmcache_frontend_"
-PROCESS = f"{PREFIX}process_"
+PREFIX = OURS.decode()
 
 REQUEST_SECONDS_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -54,6 +55,11 @@ MERGE_SECONDS = 30.0
 
 PIECE_BYTES = 256 << 10
 """What is inflated before the event loop has its turn."""
+
+OURS = b"lmcache_frontend_"
+"""What the names of the frontend's own families begin with. No node has such: it could tell of others in our name."""
+
+_SENDS_OURS = re.compile(rb"^[ \t]*(?:#[ \t]*[A-Z]+[ \t]+)?" + OURS, re.MULTILINE)
 
 _ASK = {
     # Compressing costs the node's interpreter, which has inference to serve, more than the network costs.
@@ -321,6 +327,8 @@ class _Run:
                         raise ScrapeError(f"/metrics is larger than {MAX_NODE_BYTES} bytes")
                     self._shared.take(len(piece))
                     body += piece
+            if OURS in body and _SENDS_OURS.search(body):
+                raise ScrapeError(f"has {OURS.decode()}* metrics, so it is a frontend; make it a proxy with its nodes")
         except BaseException:
             self._shared.give_back(len(body))
             raise
