@@ -61,6 +61,9 @@ OURS = b"lmcache_frontend_"
 
 _SENDS_OURS = re.compile(rb"^[ \t]*(?:#[ \t]*[A-Z]+[ \t]+)?" + OURS, re.MULTILINE)
 
+MAX_LINES = 20
+"""What the log gets of one round."""
+
 _ASK = {
     # Compressing costs the node's interpreter, which has inference to serve, more than the network costs.
     "Accept-Encoding": "identity",
@@ -202,8 +205,9 @@ class Scraper:
         return Result(in_order, merge)
 
     def _note(self, outcomes: Sequence[Outcome], *, is_whole: bool) -> None:
-        """Log each reason once, when it appears, changes or goes."""
+        """Log each reason once, when it appears, changes or goes; of many at once the first few."""
         seen = set()
+        told: list[str] = []
         for outcome in outcomes:
             key = (outcome.leaf.proxy, outcome.leaf.node.name)
             seen.add(key)
@@ -211,9 +215,13 @@ class Scraper:
             if outcome.problem is not None:
                 self._problems[key] = outcome.problem
                 if outcome.problem != before:
-                    logger.warning("no metrics of %s (%s): %s", key[1], outcome.leaf.node.address, outcome.problem)
+                    told.append(f"no metrics of {key[1]} ({outcome.leaf.node.address}): {outcome.problem}")
             elif before is not None:
-                logger.warning("%s (%s) has metrics again", key[1], outcome.leaf.node.address)
+                told.append(f"{key[1]} ({outcome.leaf.node.address}) has metrics again")
+        for line in told[:MAX_LINES]:
+            logger.warning("%s", line)
+        if len(told) > MAX_LINES:
+            logger.warning("and %d more nodes whose metrics are missing or back", len(told) - MAX_LINES)
         if is_whole:
             for gone in self._problems.keys() - seen:
                 del self._problems[gone]
