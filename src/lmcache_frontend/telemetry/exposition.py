@@ -8,11 +8,11 @@ family of each node: nothing is done for each sample but in C.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Final, NamedTuple
+from typing import Final, Generic, NamedTuple, TypeVar
 
-from .layout import BOUNDS, MARK, LabelSets, Layout, LayoutReader, Node, Part, picker
+from .layout import BOUNDS, MARK, LabelSets, Layout, LayoutReader, Node, Outline, Part, Table, outline_of
 from .lines import (
     MAX_LINE,
     ExpositionError,
@@ -36,19 +36,22 @@ MAX_LINES: Final = 200_000
 MAX_FAMILIES: Final = 20_000
 """Of one node's text."""
 MAX_SAMPLES: Final = 4_000_000
-MAX_LABEL_SETS: Final = 300_000
 MAX_PARTS: Final = 500_000
-MAX_LAYOUT_BYTES: Final = 256 * 2**20
-"""Of a merge: samples, distinct label sets, families counted once for each layout, texts that had a new layout."""
+MAX_LABEL_SETS: Final = 1_000_000
+MAX_LABEL_BYTES: Final = 256 * 2**20
+"""Of a merge: samples, families of each layout, label sets of each node and their text."""
 MAX_KEPT_KEYS: Final = 16 * 2**20
 """Bytes of texts by which layouts are recognised."""
 PIECE: Final = 128 * 1024
 """A piece that `write` gives is about as long, and at most twice."""
 
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
 _EOF: Final = b"# EOF"
 
 _Lines = Sequence[bytes]
-_Pick = Callable[[tuple[bytes, ...]], tuple[bytes, ...]]
+_Row = tuple[bytes, ...]
 _Variant = tuple[bool, tuple[str, ...], tuple[Matcher, ...] | None]
 """What besides the lines decides how a text is read: its format, the names of its node's labels, which matchers still
 can match."""
@@ -68,20 +71,40 @@ class _Family:
         return sum(len(layout.nodes) for layout, _ in self.uses)
 
 
+class _Recent(Generic[_K, _V]):
+    """What was seen lately, up to `MAX_KEPT_KEYS`; the oldest is forgotten first."""
+
+    def __init__(self) -> None:
+        self._values: dict[_K, tuple[_V, int]] = {}
+        self._size = 0
+
+    def get(self, key: _K) -> _V | None:
+        found = self._values.get(key)
+        return None if found is None else found[0]
+
+    def keep(self, key: _K, value: _V, size: int) -> None:
+        if size > MAX_KEPT_KEYS:
+            return
+        self._size += size - self._values.pop(key, (value, 0))[1]
+        self._values[key] = value, size
+        while self._size > MAX_KEPT_KEYS:
+            self._size -= self._values.pop(next(iter(self._values)))[1]
+
+
 class _Held(NamedTuple):
     """How much a merge holds, by what is bounded."""
 
     samples: int = 0
     parts: int = 0
     label_sets: int = 0
-    layout_bytes: int = 0
+    label_bytes: int = 0
 
-    def and_(self, samples: int, parts: int = 0, label_sets: int = 0, layout_bytes: int = 0) -> _Held:
+    def and_(self, samples: int, parts: int, label_sets: int, label_bytes: int) -> _Held:
         """
         Raises:
             ExpositionError: it would be too much.
         """
-        sums = map(sum, zip(self, (samples, parts, label_sets, layout_bytes), strict=True))
+        sums = map(sum, zip(self, (samples, parts, label_sets, label_bytes), strict=True))
         total = _Held(*sums)
         for name, number, most in zip(self._fields, total, _MOST, strict=True):
             if number > most:
@@ -89,7 +112,7 @@ class _Held(NamedTuple):
         return total
 
 
-_MOST: Final = _Held(MAX_SAMPLES, MAX_PARTS, MAX_LABEL_SETS, MAX_LAYOUT_BYTES)
+_MOST: Final = _Held(MAX_SAMPLES, MAX_PARTS, MAX_LABEL_SETS, MAX_LABEL_BYTES)
 
 
 class Merge:
@@ -97,8 +120,8 @@ class Merge:
 
     def __init__(self, *, matchers: Sequence[Matcher] | None = None) -> None:
         self._matchers = None if matchers is None else tuple(matchers)
-        self._known: dict[tuple[_Variant, _Lines], Layout] = {}
-        self._known_bytes = 0
+        self._known: _Recent[tuple[_Variant, Outline, Table | None], Layout] = _Recent()
+        self._spelled: _Recent[tuple[_Variant, _Lines], tuple[Layout, Table]] = _Recent()
         self._label_sets: dict[tuple[str, ...], LabelSets] = {}
         self._families: dict[Key, _Family] = {}
         self._nodes: set[frozenset[tuple[str, str]]] = set()
@@ -123,14 +146,12 @@ class Merge:
         selecting = None
         if self._matchers is not None:
             selecting = tuple([matcher for matcher in self._matchers if matcher.matches_node(labels)])
-        layout, numbers = self._recognised((is_openmetrics, tuple(labels), selecting), lines)
-        if layout.nodes:
-            self._held = self._held.and_(layout.samples)
-        else:
-            label_sets = {label_set for part in layout.parts for label_set in part.label_sets}
-            self._held = self._held.and_(layout.samples, len(layout.parts), len(label_sets), len(payload))
+        layout, table, numbers = self._recognised((is_openmetrics, tuple(labels), selecting), lines)
+        label_bytes = sum([len(one.text) for one in table]) + len(table) * len(own)
+        self._held = self._held.and_(layout.samples, 0 if layout.nodes else len(layout.parts), len(table), label_bytes)
+        if not layout.nodes:
             self._register(layout)
-        layout.nodes.append((own, numbers))
+        layout.nodes.append(Node(own, table, numbers))
         self._nodes.add(node)
         return layout.samples
 
@@ -139,53 +160,43 @@ class Merge:
         """How many families have another name than the nodes say, because other nodes say another type."""
         return sum(name != key[0] for key, name in self._names().items())
 
-    def _recognised(self, variant: _Variant, lines: _Lines) -> tuple[Layout, tuple[bytes, ...]]:
-        """The layout of these lines and their numbers; a layout without nodes is a new one."""
+    def _recognised(self, variant: _Variant, lines: _Lines) -> tuple[Layout, Table, tuple[bytes, ...]]:
+        """The layout of these lines, their label sets and their numbers; a layout without nodes is a new one."""
         prefixes, _, words = zip(*[line.rpartition(b" ") for line in lines], strict=True)
-        layout = self._known.get((variant, prefixes))
-        if layout is not None and layout.words(words) == layout.words_here and are_numbers(layout.read(words)):
-            return layout, layout.numbers(words)
+        found = self._spelled.get((variant, prefixes))
+        if found is not None:
+            layout, table = found
+            if layout.words(words) == layout.words_here and are_numbers(layout.read(words)):
+                return layout, table, layout.numbers(words)
         try:
-            layout = self._read(variant, prefixes, words)
+            layout, table = self._outlined(variant, prefixes, words)
+            is_plain = are_numbers(layout.read(words)) and max(map(len, lines)) <= MAX_LINE
         except ExpositionError:
-            layout = None
-        if layout is None or not are_numbers(layout.read(words)):
+            is_plain = False
+        if not is_plain:
             # Some line is spelled in another way, has a timestamp or an exemplar, or is wrong: now line by line.
             prefixes, words = _spelled_plainly(lines, openmetrics=variant[0])
-            layout = self._known.get((variant, prefixes))
-            if layout is None or layout.words(words) != layout.words_here:
-                layout = self._read(variant, prefixes, words)
+            layout, table = self._outlined(variant, prefixes, words)
         numbers = layout.numbers(words)
         layout.has_timestamps = layout.has_timestamps or b" " in b"".join(numbers)
-        if not layout.nodes:
-            layout.words_here = layout.words(words)
-            self._keep((variant, prefixes), layout)
-        return layout, numbers
+        self._spelled.keep((variant, prefixes), (layout, table), _size(prefixes))
+        return layout, table, numbers
 
-    def _keep(self, key: tuple[_Variant, _Lines], layout: Layout) -> None:
-        """So that the next text like this one is recognised; the oldest layouts are forgotten, not their nodes."""
-        size = _size(key)
-        if size > MAX_KEPT_KEYS:
-            return
-        self._known[key] = layout
-        self._known_bytes += size
-        while self._known_bytes > MAX_KEPT_KEYS:
-            oldest = next(iter(self._known))
-            del self._known[oldest]
-            self._known_bytes -= _size(oldest)
-
-    def _read(self, variant: _Variant, prefixes: _Lines, words: _Lines) -> Layout:
+    def _outlined(self, variant: _Variant, prefixes: _Lines, words: _Lines) -> tuple[Layout, Table]:
         is_openmetrics, names, selecting = variant
-        label_sets = self._label_sets.get(names)
-        if label_sets is None:
-            label_sets = self._label_sets[names] = LabelSets(names)
-        elif len(label_sets) > MAX_LINES:
+        label_sets = self._label_sets.setdefault(names, LabelSets(names))
+        if len(label_sets) > MAX_LINES:
             label_sets.clear()
-        selects = None
-        if selecting is not None:
-            selects = functools.partial(_selects, selecting, names)
-        reader = LayoutReader(label_sets, openmetrics=is_openmetrics, selects=selects, most_families=MAX_FAMILIES)
-        return reader.read(prefixes, words)
+        outline, table = outline_of(prefixes, label_sets)
+        key = variant, outline, None if selecting is None else table
+        layout = self._known.get(key)
+        if layout is None or layout.words(words) != layout.words_here:
+            selects = None if selecting is None else functools.partial(_selects, selecting, names)
+            reader = LayoutReader(table, openmetrics=is_openmetrics, selects=selects, most_families=MAX_FAMILIES)
+            layout = reader.read(outline, words)
+            layout.words_here = layout.words(words)
+            self._known.keep(key, layout, _size(outline.names))
+        return layout, table
 
     def _register(self, layout: Layout) -> None:
         for part in layout.parts:
@@ -202,32 +213,61 @@ class Merge:
         return _pieces(self._openmetrics_texts() if openmetrics else self._texts())
 
     def _texts(self) -> Iterator[bytes]:
-        for key, name in self._names().items():
-            family = self._families[key]
+        names = self._names()
+        rows = _Rows(openmetrics=False)
+        for key, family in self._families.items():
+            name = names[key]
             yield _head(name, key[1], family.help)
             for layout, part in family.uses:
-                samples = zip(part.suffixes, part.label_sets, strict=True)
-                template = b"".join([name + suffix + label_set.text for suffix, label_set in samples])
-                yield from _filled(template, itemgetter(slice(part.start, part.stop)), layout.nodes)
+                width = len(layout.table)
+                samples = [(name + suffix, label_set, width + number) for suffix, label_set, number in part.samples()]
+                yield from _filled(samples, rows.of(layout))
 
     def _openmetrics_texts(self) -> Iterator[bytes]:
-        names = self._names()
-        for key, family in openmetrics_families(names).items():
-            ours = self._families[key]
+        rows = _Rows(openmetrics=True)
+        named = openmetrics_families(self._names())
+        for key, ours in self._families.items():
+            family = named.get(key)
+            if family is None:
+                continue
             unit = ours.unit if ours.unit and family.name.endswith(b"_" + ours.unit.encode()) else None
             yield _head(family.name, family.type, ours.help, unit, openmetrics=True)
             began = {} if family.created is None else dict(self._families[family.created].uses)
             for layout, part in ours.uses:
-                template, pick = _openmetrics_template(family, part, began.get(layout))
-                nodes = layout.nodes
-                if layout.has_timestamps:
-                    nodes = [(own, tuple(map(in_seconds, numbers))) for own, numbers in nodes]
-                yield from _filled(template, pick, nodes)
+                yield from _filled(_openmetrics_samples(family, layout, part, began.get(layout)), rows.of(layout))
         yield b"# EOF\n"
 
 
+class _Rows:
+    """For each node its label sets as they are written, and its numbers: what the templates of its layout pick from."""
+
+    def __init__(self, *, openmetrics: bool) -> None:
+        self._openmetrics = openmetrics
+        self._known: dict[Layout, list[_Row]] = {}
+
+    def of(self, layout: Layout) -> list[_Row]:
+        rows = self._known.get(layout)
+        if rows is None:
+            rows = self._known[layout] = [self._row(layout, node) for node in layout.nodes]
+        return rows
+
+    def _row(self, layout: Layout, node: Node) -> _Row:
+        texts = [_labelled(one.text, node.labels) for one in node.table]
+        if not self._openmetrics:
+            return (*texts, *node.numbers)
+        spelled = [_labelled(one.canonical, node.labels) for one in node.table]
+        return (*texts, *spelled, *(map(in_seconds, node.numbers) if layout.has_timestamps else node.numbers))
+
+
+def _labelled(text: bytes, own: bytes) -> bytes:
+    """A label set's text with the node's labels in it; the frontend's own text has none."""
+    if own:
+        return text.replace(MARK, own)
+    return text.replace(b"{" + MARK + b"}", b"").replace(MARK + b",", b"")
+
+
 def _own_labels(labels: Mapping[str, str]) -> bytes:
-    """A node's labels as they go into a template.
+    """A node's labels as they stand in its samples.
 
     Raises:
         ValueError: one has no name that Prometheus takes.
@@ -235,7 +275,7 @@ def _own_labels(labels: Mapping[str, str]) -> bytes:
     if not all(map(is_label_name, labels)):
         raise ValueError(f"not the labels of a node: {list(labels)}")
     pairs = [b'%b="%b"' % (name.encode(), escaped(value)) for name, value in labels.items()]
-    return b",".join(pairs).replace(b"%", b"%%")
+    return b",".join(pairs)
 
 
 def _lines(payload: bytes, openmetrics: bool | None) -> tuple[_Lines, bool]:
@@ -291,8 +331,8 @@ def _selects(matchers: Sequence[Matcher], node_labels: Sequence[str], name: str,
     return any(matcher.matches_rest(name, labels, node_labels) for matcher in matchers)
 
 
-def _size(key: tuple[_Variant, _Lines]) -> int:
-    return sum(map(len, key[1])) + 40 * len(key[1])
+def _size(texts: _Lines) -> int:
+    return sum(map(len, texts)) + 40 * len(texts)
 
 
 def _head(name: bytes, type: str, help: str | None, unit: str | None = None, *, openmetrics: bool = False) -> bytes:
@@ -306,39 +346,33 @@ def _head(name: bytes, type: str, help: str | None, unit: str | None = None, *, 
     return b"".join(lines)
 
 
-def _openmetrics_template(family: OpenMetricsFamily, part: Part, created: Part | None) -> tuple[bytes, _Pick]:
+def _openmetrics_samples(
+    family: OpenMetricsFamily, layout: Layout, part: Part, created: Part | None
+) -> Sequence[tuple[bytes, int, int]]:
     """As OpenMetrics wants the samples of a family: those of one metric together, each followed by when it began."""
     bounded, bound = BOUNDS.get(part.type, (None, ""))
-    if bounded is None and created is None:
-        texts = [family.samples + label_set.text for label_set in part.label_sets]
-        return b"".join(texts), itemgetter(slice(part.start, part.stop))
-    metrics: dict[object, dict[bytes, int]] = {}
-    positions = range(part.start, part.stop)
-    for suffix, label_set, position in zip(part.suffixes, part.label_sets, positions, strict=True):
-        text = label_set.canonical(bound) if suffix == bounded else label_set.text
-        metrics.setdefault(label_set.without(bound), {}).setdefault(family.samples + suffix + text, position)
-    if created is not None:
-        name = family.name + b"_created"
-        for position, label_set in enumerate(created.label_sets, created.start):
-            if (metric := metrics.get(label_set.without(bound))) is not None:
-                metric[name + label_set.text] = position
-    samples = [sample for metric in metrics.values() for sample in metric.items()]
-    return b"".join([text for text, _ in samples]), picker([position for _, position in samples])
+    width = len(layout.table)
+    metrics: dict[object, list[tuple[bytes, int, int]]] = {}
+    for suffix, label_set, number in part.samples():
+        metric = label_set if bounded is None else layout.table[label_set].group
+        spelled = width if suffix == bounded else 0
+        metrics.setdefault(metric, []).append((family.samples + suffix, label_set + spelled, 2 * width + number))
+    for _, label_set, number in [] if created is None else created.samples():
+        metric = label_set if bounded is None else layout.table[label_set].group
+        if metric in metrics and bound not in layout.table[label_set].numbers:
+            metrics[metric].append((family.name + b"_created", label_set, 2 * width + number))
+    return [sample for metric in metrics.values() for sample in metric]
 
 
-def _filled(template: bytes, pick: _Pick, nodes: Sequence[Node]) -> Iterator[bytes]:
-    """The samples of one family for each of the nodes, many nodes at once."""
-    if not template:
+def _filled(samples: Sequence[tuple[bytes, int, int]], rows: Sequence[_Row]) -> Iterator[bytes]:
+    """The samples of one family for each of the rows, many at once: a sample's name, and where in a row the rest is."""
+    if not samples:
         return
-    step = PIECE // (2 * len(template)) + 1
-    for start in range(0, len(nodes), step):
-        yield b"".join([_labelled(template, own) % pick(numbers) for own, numbers in nodes[start : start + step]])
-
-
-def _labelled(template: bytes, own: bytes) -> bytes:
-    if own:
-        return template.replace(MARK, own)
-    return template.replace(b"{" + MARK + b"}", b"").replace(MARK + b",", b"")
+    template = b"".join([name + b"%b %b\n" for name, _, _ in samples])
+    pick = itemgetter(*[place for _, *places in samples for place in places])
+    step = PIECE // (256 * len(samples)) + 1
+    for start in range(0, len(rows), step):
+        yield b"".join([template % pick(row) for row in rows[start : start + step]])
 
 
 def _pieces(texts: Iterable[bytes]) -> Iterator[bytes]:

@@ -1,14 +1,15 @@
-"""What a node's text says besides its numbers: its families, their samples in order, and where each number stands.
+"""What a text says besides its numbers and its labels: its families, their samples in order, where its numbers stand.
 
-Nodes of one cluster send one layout with other numbers, so a layout is read once and then recognised. The label sets of
-a text repeat too, in every family; `LabelSets` reads each spelling once.
+Nodes of one cluster send one layout. The numbers differ, and perhaps the value of a label that all samples of a node
+have (a worker's rank). So the label sets of a text, a few for each hundred samples, go into a table, and a layout knows
+only which of the table's a sample has. It is read once and then recognised.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import itemgetter
-from typing import Final
+from typing import Final, NamedTuple
 
 from prometheus_client.utils import floatToGoString
 
@@ -25,12 +26,9 @@ from .lines import (
 )
 
 MARK: Final = b"\xff"
-"""Stands in a template for the node's labels: no UTF-8 text has this byte."""
+"""Stands in a label set's text for the node's labels: no UTF-8 text has this byte."""
 
 Labels = tuple[tuple[str, str], ...]
-Node = tuple[bytes, tuple[bytes, ...]]
-"""A node's labels as they go into a template, and the numbers of its text in the order of the parts."""
-
 Selects = Callable[[str, Mapping[str, str]], bool]
 
 SUFFIXES: Final[Mapping[str, tuple[bytes, ...]]] = {
@@ -47,39 +45,32 @@ BOUNDS: Final[Mapping[str, tuple[bytes, str]]] = {"histogram": (b"_bucket", "le"
 class LabelSet:
     """The labels of a sample as the merge writes them: the node's first, then its own, renamed where both have one."""
 
-    __slots__ = ("_canonical", "_without", "numbers", "pairs", "text", "words")
+    __slots__ = ("canonical", "group", "numbers", "pairs", "same", "text", "words")
 
-    def __init__(self, pairs: Labels) -> None:
+    def __init__(self, pairs: Labels, key: Labels) -> None:
         self.pairs = pairs
-        bounds = [pair for pair in pairs if pair[0] in ("le", "quantile")]
-        self.numbers = tuple([name for name, value in bounds if is_number(value.encode())])
-        self.words = tuple([name for name, value in bounds if name not in self.numbers])
-        self.text = _label_text(pairs)
-
-        self._without: dict[str, Labels] = {}
-        self._canonical: dict[str, bytes] = {}
-
-    def without(self, bound: str) -> Labels:
-        """What all samples of one histogram or summary have in common."""
-        if bound not in self._without:
-            self._without[bound] = tuple(sorted(pair for pair in self.pairs if pair[0] != bound and pair[1]))
-        return self._without[bound]
-
-    def canonical(self, bound: str) -> bytes:
-        """The text with this number as OpenMetrics spells it: 1 is 1.0."""
-        if bound not in self._canonical:
-            pairs = [(name, _spelled(value) if name == bound else value) for name, value in self.pairs]
-            self._canonical[bound] = _label_text(pairs)
-        return self._canonical[bound]
-
-
-def _spelled(number: str) -> str:
-    return str(floatToGoString(float(number)))  # type: ignore[no-untyped-call]
+        self.text = self.canonical = _label_text(pairs)
+        self.group = self.same = key
+        """What all samples of one histogram or summary have in common; what is equal if the numbers are."""
+        self.numbers: tuple[str, ...] = ()
+        self.words: tuple[str, ...] = ()
+        """Which of `le` and `quantile` it has that are numbers, or are none."""
+        if bounds := [pair for pair in key if pair[0] in ("le", "quantile")]:
+            self.numbers = tuple([name for name, value in bounds if is_number(value.encode())])
+            self.words = tuple([name for name, _ in bounds if name not in self.numbers])
+            self.group = tuple([pair for pair in key if pair not in bounds])
+            spelled = {name: _spelled(value) for name, value in bounds if name in self.numbers}
+            self.canonical = _label_text([(name, spelled.get(name, value)) for name, value in pairs])
+            self.same = (*self.group, *spelled.items())
 
 
 def _label_text(pairs: Collection[tuple[str, str]]) -> bytes:
-    own = b",".join([MARK, *(b'%b="%b"' % (name.encode(), escaped(value)) for name, value in pairs)])
-    return b"{" + own.replace(b"%", b"%%") + b"} %b\n"
+    return b"{" + b",".join([MARK, *(b'%b="%b"' % (name.encode(), escaped(value)) for name, value in pairs)]) + b"}"
+
+
+def _spelled(number: str) -> str:
+    """As OpenMetrics spells it: 1 is 1.0."""
+    return str(floatToGoString(float(number)))  # type: ignore[no-untyped-call]
 
 
 class LabelSets(dict[bytes, LabelSet]):
@@ -92,10 +83,9 @@ class LabelSets(dict[bytes, LabelSet]):
         super().__init__()
         self._reserved = frozenset(reserved)
         self._known: dict[Labels, LabelSet] = {}
-        self.empty = self._of([])
 
     def __missing__(self, text: bytes) -> LabelSet:
-        pairs = pairs_of(text)
+        pairs = pairs_of(text) if text else []
         if pairs is None:
             raise ExpositionError(f"labels cannot be read: {shown(b'{' + text)}")
         found = self[text] = self._of(pairs)
@@ -104,7 +94,10 @@ class LabelSets(dict[bytes, LabelSet]):
     def _of(self, pairs: Sequence[tuple[str, str]]) -> LabelSet:
         renamed = tuple(exported(pairs, self._reserved))
         key = tuple(sorted(pair for pair in renamed if pair[1]))  # an empty label is none
-        return self._known.setdefault(key, LabelSet(renamed))
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = LabelSet(renamed, key)
+        return known
 
     def clear(self) -> None:
         super().clear()
@@ -124,10 +117,61 @@ def exported(pairs: Sequence[tuple[str, str]], reserved: Collection[str]) -> lis
     return [(renamed.get(name, name), value) for name, value in pairs if value or name not in reserved]
 
 
-class Part:
-    """One family in one layout: its samples, and which numbers are theirs (`start` to `stop` of the picked ones)."""
+class Outline(NamedTuple):
+    """The lines of a text less labels and numbers."""
 
-    __slots__ = ("help", "label_sets", "name", "start", "suffixes", "type", "unit")
+    names: tuple[bytes, ...]
+    """By line: the sample's name, or a comment less its last word."""
+    sets: tuple[int, ...]
+    """By line: which of the table's label sets the sample has; -1 for a comment."""
+    shape: tuple[object, ...]
+    """What of the table decides how it is read and written."""
+
+
+Table = tuple[LabelSet, ...]
+
+
+def outline_of(prefixes: Sequence[bytes], label_sets: LabelSets) -> tuple[Outline, Table]:
+    """
+    Raises:
+        ExpositionError: labels cannot be read; also of a line that is only spelled in another way.
+    """
+    heads = [(prefix, b"", None) if prefix[:1] in b"#" else prefix.partition(b"{") for prefix in prefixes]
+    names, braces, texts = zip(*heads, strict=True)
+    found: dict[bytes | None, LabelSet] = {}
+    text: bytes | None = None
+    try:
+        for text in dict.fromkeys(texts):
+            if text is not None:
+                found[text] = label_sets[text]
+    except ExpositionError as error:
+        raise error_at(texts.index(text), str(error)) from None
+    except UnicodeDecodeError:
+        raise error_at(texts.index(text), "not UTF-8") from None
+    if b"" in found and (b"{", b"") in zip(braces, texts, strict=True):
+        raise ExpositionError("labels without an end")
+    table = tuple(dict.fromkeys(found.values()))
+    index_of = {label_set: index for index, label_set in enumerate(table)}
+    indexes: dict[bytes | None, int] = {text: index_of[label_set] for text, label_set in found.items()}
+    indexes[None] = -1
+    return Outline(names, tuple(map(indexes.__getitem__, texts)), _shape(table)), table
+
+
+def _shape(table: Table) -> tuple[object, ...]:
+    groups: dict[Labels, int] = {}
+    same: dict[Labels, int] = {}
+    return tuple(
+        [
+            (one.numbers, one.words, groups.setdefault(one.group, len(groups)), same.setdefault(one.same, len(same)))
+            for one in table
+        ]
+    )
+
+
+class Part:
+    """One family in one layout: its samples, and which numbers are theirs (`start` and following of the picked)."""
+
+    __slots__ = ("help", "name", "sets", "start", "suffixes", "type", "unit")
 
     def __init__(self, name: bytes, type: str) -> None:
         self.name = name
@@ -135,26 +179,36 @@ class Part:
         self.help: str | None = None
         self.unit: str | None = None
         self.suffixes: list[bytes] = []
-        self.label_sets: list[LabelSet] = []
+        self.sets: list[int] = []
         self.start = 0
 
-    @property
-    def stop(self) -> int:
-        return self.start + len(self.suffixes)
+    def samples(self) -> list[tuple[bytes, int, int]]:
+        """Of each sample the suffix of its name, its label set, and where its number is."""
+        positions = range(self.start, self.start + len(self.sets))
+        return list(zip(self.suffixes, self.sets, positions, strict=True))
+
+
+class Node(NamedTuple):
+    labels: bytes
+    """The node's, as they stand in its samples."""
+    table: Table
+    numbers: tuple[bytes, ...]
 
 
 class Layout:
     """The parts of a text in order, and how to pick their numbers and the words of its other lines from all lines."""
 
-    __slots__ = ("has_timestamps", "nodes", "numbers", "parts", "read", "samples", "words", "words_here")
+    __slots__ = ("has_timestamps", "nodes", "numbers", "parts", "read", "samples", "table", "words", "words_here")
 
     def __init__(
-        self, parts: Sequence[Part], positions: Sequence[int], read: Sequence[int], others: Sequence[int]
+        self, parts: Sequence[Part], table: Table, picked: Sequence[int], read: Sequence[int], others: Sequence[int]
     ) -> None:
         self.parts = parts
+        self.table = table
+        """The first node's; all have as many label sets, and of the same shape."""
         self.samples = len(read)
-        self.numbers = picker(positions)
-        self.read = self.numbers if list(positions) == list(read) else picker(read)
+        self.numbers = picker(picked)
+        self.read = self.numbers if list(picked) == list(read) else picker(read)
         self.words = picker(others)
         self.words_here: tuple[bytes, ...] = ()
         self.has_timestamps = False
@@ -171,12 +225,10 @@ _Owner = tuple[Part, bytes, list[int]]
 
 
 class LayoutReader:
-    """Reads the lines of one text, each parted into what stands before its last blank and behind it."""
+    """Reads an outline, and the last word of each of its lines."""
 
-    def __init__(
-        self, label_sets: LabelSets, *, openmetrics: bool, selects: Selects | None, most_families: int
-    ) -> None:
-        self._label_sets = label_sets
+    def __init__(self, table: Table, *, openmetrics: bool, selects: Selects | None, most_families: int) -> None:
+        self._table = table
         self._openmetrics = openmetrics
         self._selects = selects
         self._most_families = most_families
@@ -187,27 +239,26 @@ class LayoutReader:
         self._declared: set[bytes] = set()
         self._others: list[int] = []
 
-    def read(self, prefixes: Sequence[bytes], words: Sequence[bytes]) -> Layout:
+    def read(self, outline: Outline, words: Sequence[bytes]) -> Layout:
         """
         Raises:
             ExpositionError: the text is not as it has to be, or one of the lines is not spelled as it mostly is.
         """
         index = 0
         try:
-            for index, prefix in enumerate(prefixes):
-                if prefix[:1] == b"#" or not prefix:
+            for index, (name, label_set) in enumerate(zip(outline.names, outline.sets, strict=True)):
+                if label_set < 0:
                     self._others.append(index)
-                    self._read_other(prefix, words[index])
+                    self._read_other(name, words[index])
                 else:
-                    self._read_sample(prefix, index)
+                    self._read_sample(name, label_set, index)
         except ExpositionError as error:
             raise error_at(index, str(error)) from None
         except UnicodeDecodeError:
             raise error_at(index, "not UTF-8") from None
         return self._layout()
 
-    def _read_sample(self, prefix: bytes, index: int) -> None:
-        name, brace, labels = prefix.partition(b"{")
+    def _read_sample(self, name: bytes, label_set: int, index: int) -> None:
         try:
             owner = self._owners[name]
         except KeyError:
@@ -216,7 +267,7 @@ class LayoutReader:
             raise ExpositionError(f"{shown(name)} is no sample of its family's type")
         part, suffix, positions = owner
         part.suffixes.append(suffix)
-        part.label_sets.append(self._label_sets[labels] if brace else self._label_sets.empty)
+        part.sets.append(label_set)
         positions.append(index)
 
     def _read_other(self, prefix: bytes, word: bytes) -> None:
@@ -282,7 +333,7 @@ class LayoutReader:
                 part.unit = self._told.get((b"UNIT", told_of), b"").strip(b" \t").decode() or None
                 parts.append(part)
                 picked += wanted
-        return Layout(parts, picked, read, self._others)
+        return Layout(parts, self._table, picked, read, self._others)
 
     def _help_of(self, name: bytes) -> str | None:
         text = self._told.get((b"HELP", name))
@@ -294,27 +345,32 @@ class LayoutReader:
         Raises:
             ExpositionError: something else.
         """
-        if len(positions) > 1 and len(set(zip(part.suffixes, part.label_sets, strict=True))) < len(positions):
+        bounded, bound = BOUNDS.get(part.type, (None, ""))
+        samples = list(zip(part.suffixes, part.sets, strict=True))
+        if bounded is not None:
+            for (suffix, label_set), index in zip(samples, positions, strict=True):
+                one = self._table[label_set]
+                if (bound in one.numbers) != (suffix == bounded) or bound in one.words:
+                    raise error_at(index, f"{bound} has to be a number, in {part.type}s", part.name + suffix)
+        if len(samples) < 2:
+            return
+        same = samples if bounded is None else [(suffix, self._table[number].same) for suffix, number in samples]
+        if len(set(same)) < len(same):
             seen = set()
-            for sample in zip(part.suffixes, part.label_sets, positions, strict=True):
-                if sample[:2] in seen:
-                    raise error_at(sample[2], "a sample twice", part.name + sample[0])
-                seen.add(sample[:2])
-        if part.type in ("histogram", "summary"):
-            bounded, bound = BOUNDS[part.type]
-            for suffix, label_set, index in zip(part.suffixes, part.label_sets, positions, strict=True):
-                if (bound in label_set.numbers) != (suffix == bounded) or bound in label_set.words:
-                    raise error_at(index, f"a {part.type} has a number as its {bound}", part.name + suffix)
+            for sample, index in zip(same, positions, strict=True):
+                if sample in seen:
+                    raise error_at(index, "a sample twice", part.name + sample[0])
+                seen.add(sample)
 
     def _select(self, part: Part, positions: Sequence[int]) -> list[int]:
         assert self._selects is not None
         kept = [
             (suffix, label_set, index)
-            for suffix, label_set, index in zip(part.suffixes, part.label_sets, positions, strict=True)
-            if self._selects((part.name + suffix).decode(), dict(label_set.pairs))
+            for suffix, label_set, index in zip(part.suffixes, part.sets, positions, strict=True)
+            if self._selects((part.name + suffix).decode(), dict(self._table[label_set].pairs))
         ]
         part.suffixes = [suffix for suffix, _, _ in kept]
-        part.label_sets = [label_set for _, label_set, _ in kept]
+        part.sets = [label_set for _, label_set, _ in kept]
         return [index for _, _, index in kept]
 
 
