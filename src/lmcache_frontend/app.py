@@ -16,10 +16,12 @@ from lmcache_frontend.options import Options
 from lmcache_frontend.proxy.policy import Policy
 from lmcache_frontend.proxy.transport import Targets
 from lmcache_frontend.telemetry.health import HealthBoard
+from lmcache_frontend.telemetry.own import CLUSTER_HEALTH, OWN_METRICS, ClusterHealth, OwnMetrics
 from lmcache_shared import routes
 from lmcache_shared.access import own_site_only
 from lmcache_shared.errors import refusals
 
+OPTIONS: web.AppKey[Options] = web.AppKey("options", Options)
 REGISTRY: web.AppKey[Registry] = web.AppKey("registry", Registry)
 SOURCES: web.AppKey[Sources] = web.AppKey("sources", Sources)
 BY_HAND: web.AppKey[ByHand] = web.AppKey("by hand", ByHand)
@@ -43,6 +45,7 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
         RouteError: a route module is broken, or two claim one route.
     """
     app = web.Application(middlewares=[refusals, own_site_only])
+    app[OPTIONS] = options
     app[REGISTRY] = cluster.registry
     app[SOURCES] = cluster.sources
     app[BY_HAND] = cluster.by_hand
@@ -51,6 +54,8 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     app[POLICY] = Policy(cluster.registry, options.socket_prefix)
     app[HEALTH] = cluster.health
     app[READY] = cluster.not_ready
+    app[CLUSTER_HEALTH] = ClusterHealth(states=cluster.health.counts)
+    app[OWN_METRICS] = OwnMetrics(cluster.registry, app[CLUSTER_HEALTH])
     app.cleanup_ctx.append(_targets)
     folders = options.route_folder or []
     routes.add_routes(

@@ -6,6 +6,7 @@ from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
 from lmcache_frontend.proxy import target
 from lmcache_frontend.proxy.headers import refuse_loops
 from lmcache_frontend.proxy.transport import forward
+from lmcache_frontend.telemetry.own import OWN_METRICS
 
 router = web.RouteTableDef()
 
@@ -24,5 +25,7 @@ async def by_name(request: web.Request) -> web.StreamResponse:
 
 async def _proxied(request: web.Request, wanted: target.ProxiedPath) -> web.StreamResponse:
     refuse_loops(request)
-    allowed = request.app[POLICY].allowed(request, wanted.address)
-    return await forward(request, await request.app[TARGETS].get(allowed), wanted.path)
+    with request.app[OWN_METRICS].watching(wanted.address, wanted.path) as watched:
+        allowed = request.app[POLICY].allowed(request, wanted.address)
+        found = await request.app[TARGETS].get(allowed)
+        return watched.answered(await forward(request, found, wanted.path, watched.traffic))

@@ -46,16 +46,19 @@ def by_address(raw_path: str, registry: Registry) -> ProxiedPath:
 def by_name(raw_path: str, registry: Registry) -> ProxiedPath:
     """Read `/proxy2/{node name}/{path}`, or `/proxy2/{proxy}/proxy2/{node name}/{path}` for the node of that proxy.
 
-    A proxy's node that is not known here is left to the proxy.
+    A name may be encoded once or twice, as a socket's path may. A proxy's node that is not known here is left to the
+    proxy.
 
     Raises:
         Refusal: 404, when no node or proxy has the name; 409, when nodes of several proxies have it.
     """
     (quoted,), path = _split(raw_path, 1)
     name = unquote(quoted)
+    if registry.proxy(name) is None and registry.find(name) is None:
+        name = unquote(name)
     if path.startswith("/proxy2/") and registry.proxy(name) is not None:
         (inner,), inner_path = _split(path, 1)
-        node = registry.node(name, unquote(inner))
+        node = registry.node(name, unquote(inner)) or registry.node(name, unquote(unquote(inner)))
         if node is not None:
             return ProxiedPath(node.reach.address, node.reach.prefix + inner_path)
         if name == LOCAL_PROXY:
