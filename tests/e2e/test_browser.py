@@ -45,6 +45,7 @@ def test_the_dashboard_lives_on_its_own_and_tells_when_it_is_old(browser: Browse
     port = free_port()
     node = f'[{{"name": "worker0", "host": "localhost", "port": "{tmp_path}/s_7000"}}]'
     frontend = ["-m", "lmcache_frontend", "--host", "127.0.0.1", "--port", str(port), "--nodes", node]
+    frontend += ["--health-interval", "1"]
     seen = Seen(browser, port)
     page = seen.page
     with running(*frontend) as first:

@@ -1,12 +1,18 @@
 import asyncio
+import re
+from datetime import datetime, timezone
 
 import aiohttp
 import pytest
+from aiohttp.test_utils import TestClient, TestServer
 
 from lmcache_api.pytest_plugin import StartApi, free_port
-from lmcache_frontend.app import HEALTH
+from lmcache_frontend.app import READY, create_app
+from lmcache_frontend.options import Options
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
-from lmcache_frontend.telemetry import health
+from lmcache_frontend.telemetry.health import HealthBoard, NodeHealth
+from lmcache_frontend.telemetry.states import Checked, after
+from tests.frontend.boards import settled
 from tests.frontend.upstream import Upstream, serving
 
 
@@ -21,11 +27,11 @@ async def test_each_node_with_role_version_and_state(api_server: StartApi, front
     scheduler, worker = await api_server(role="scheduler"), await api_server(role="worker", tcp=True)
     gone = {"name": "gone", "host": "127.0.0.1", "port": free_port()}
     frontend = await frontend_server(nodes=[scheduler.node, worker.node, gone])
-    found = await frontend.server._runner.app[HEALTH].read()
-    assert [(entry.node.name, entry.up, entry.role, entry.version) for entry in found] == [
-        ("lmcache_scheduler", True, "scheduler", "0.1.0-embedded"),
-        ("lmcache_worker0", True, "worker", "0.1.0-embedded"),
-        ("gone", False, None, None),
+    found = await settled(frontend)
+    assert [(entry.node.name, entry.state, entry.role, entry.version) for entry in found] == [
+        ("lmcache_scheduler", "up", "scheduler", "0.1.0-embedded"),
+        ("lmcache_worker0", "up", "worker", "0.1.0-embedded"),
+        ("gone", "down", None, None),
     ]
     assert found[2].problem == "Connection refused"
     text = await page(frontend)
@@ -65,79 +71,57 @@ async def test_static_files_are_served_and_nothing_beside_them(frontend_server: 
             assert response.status in (403, 404), name
 
 
-async def test_a_node_that_hangs_delays_the_page_by_its_deadline_and_no_more(
+async def test_what_is_down_comes_first_then_unknown_slow_and_up(
     frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "PROBE_SECONDS", 0.2)
+    nodes = [{"name": name, "host": "127.0.0.1", "port": 1} for name in ("n-up", "n-slow", "n-unknown", "n-down")]
+    frontend = await frontend_server(nodes=nodes)
+    await settled(frontend)
+    found = {
+        "n-up": Checked(milliseconds=3.25, version="1"),
+        "n-slow": Checked(milliseconds=1500.0),
+        "n-unknown": Checked("could not be asked: Too many open files", asked=False),
+        "n-down": Checked("answers 503"),
+    }
+    board = frontend.server.cluster.health
+    long_ago = datetime(2020, 2, 3, 12, 0, tzinfo=timezone.utc)
+    for watched in board._watched.values():
+        watched.health = after(
+            NodeHealth(watched.health.node, watched.health.proxy), found[watched.health.node.name], long_ago
+        )
+        watched.stop()
+    board.revision += 1
+    assert board.counts() == {"down": 1, "unknown": 1, "slow": 1, "up": 1}
+    text = await page(frontend)
+    assert re.findall(r"<th scope=.row.>(n-\w+)<", text) == ["n-down", "n-unknown", "n-slow", "n-up"]
+    assert re.findall(r'class="state \w+">([^<]+)<', text)[:4] == ["1 up", "1 slow", "1 unknown", "1 down"]
+    assert re.findall(r'class="state \w+">([^<]+)<', text)[4:] == ["down", "unknown", "slow", "up"]
+    for expected in ("answers 503", "Too many open files", "answered after 1.5 seconds", "3.2 ms", "since 2020-02-03"):
+        assert expected in text
+    assert "2 of 4 nodes up" in text, "a slow node answers"
 
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(30)
 
-    async with serving(Upstream(talk=talk)) as hanging, serving(Upstream()) as fine:
-        frontend = await frontend_server(nodes=[{**hanging.node, "name": "hanging"}, {**fine.node, "name": "fine"}])
-        found = await asyncio.wait_for(frontend.server._runner.app[HEALTH].read(), 5)
-    assert [(entry.up, entry.problem) for entry in found] == [(False, "no answer within 0.2 seconds"), (True, None)]
-
-
-async def test_nodes_that_a_round_did_not_reach_come_first_in_the_next(
+async def test_a_page_of_thousands_of_nodes_lets_others_have_their_turn(
     frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "BOARD_SECONDS", 0.3)
-    monkeypatch.setattr(health, "FRESH_SECONDS", 0)
-    monkeypatch.setattr(health, "PROBES_AT_ONCE", 1)
+    monkeypatch.setattr(HealthBoard, "_look", lambda board: None)  # nobody is asked: all are unknown
+    nodes = [{"name": f"n{i}", "host": "127.0.0.1", "port": 1 + i} for i in range(3000)]
+    frontend = await frontend_server(nodes=nodes)
+    turns = 0
 
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(30)
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
 
-    async with serving(Upstream(talk=talk)) as hanging, serving(Upstream()) as fine:
-        frontend = await frontend_server(nodes=[{**hanging.node, "name": "a"}, {**fine.node, "name": "b"}])
-        board = frontend.server._runner.app[HEALTH]
-        assert [entry.up for entry in await board.read()] == [None, None]
-        monkeypatch.setattr(health, "PROBE_SECONDS", 0.1)
-        assert [entry.up for entry in await board.read()] == [False, True]
-        board._late = {entry.node for entry in await board.read() if entry.node.name == "b"}
-        monkeypatch.setattr(health, "PROBE_SECONDS", 30)
-        assert [entry.up for entry in await board.read()] == [None, True]
-
-
-async def test_too_many_slow_nodes_leave_some_unknown(
-    frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(health, "BOARD_SECONDS", 0.3)
-    monkeypatch.setattr(health, "PROBES_AT_ONCE", 1)
-
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(30)
-
-    async with serving(Upstream(talk=talk)) as hanging:
-        frontend = await frontend_server(nodes=[{**hanging.node, "name": f"n{i}"} for i in range(3)])
-        found = await frontend.server._runner.app[HEALTH].read()
-        assert [entry.up for entry in found] == [None, None, None]
-        assert "unknown" in await page(frontend)
-
-
-@pytest.mark.parametrize(
-    ("answer", "up", "problem"),
-    [
-        (b"HTTP/1.1 503 X\r\nContent-Length: 0\r\n\r\n", False, "answers 503"),
-        (b"HTTP/1.1 404 X\r\nContent-Length: 0\r\n\r\n", True, None),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n[[[[[", True, None),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\n[1]", True, None),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n" + b"[" * 300000, True, None),
-        (b"nonsense\r\n\r\n", False, "answers something that is no HTTP"),
-        (b'HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n["\\ud800"]', True, None),
-        (b"HTTP/1.1 302 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n", True, None),
-    ],
-)
-async def test_odd_answers(frontend_server: StartFrontend, answer: bytes, up: bool, problem: str | None) -> None:
-    async with serving(Upstream(answer)) as upstream:
-        frontend = await frontend_server(nodes=[upstream.node])
-        (found,) = await frontend.server._runner.app[HEALTH].read()
-        assert found.up is up
-        assert found.version is None
-        if problem:
-            assert found.problem == problem
-        assert "\n" not in (found.problem or "")
+    task = asyncio.create_task(others())
+    text = await page(frontend)
+    task.cancel()
+    assert "3000 unknown" in text
+    assert turns > 10
+    frontend.server.cluster.health.revision += 1
+    assert await page(frontend) == text, "made too short a time ago to be made again"
 
 
 async def test_half_a_character_in_a_version_does_not_break_the_page(frontend_server: StartFrontend) -> None:
@@ -148,9 +132,9 @@ async def test_half_a_character_in_a_version_does_not_break_the_page(frontend_se
             assert response.status == 404
 
 
-async def test_many_pages_ask_the_nodes_once(frontend_server: StartFrontend) -> None:
+async def test_many_pages_ask_no_node(frontend_server: StartFrontend) -> None:
     async with serving(Upstream()) as upstream:
-        frontend = await frontend_server(nodes=[upstream.node])
+        frontend = await frontend_server(nodes=[upstream.node], health_interval=60.0)
         async with aiohttp.ClientSession(frontend.url) as client:
 
             async def load() -> int:
@@ -158,4 +142,25 @@ async def test_many_pages_ask_the_nodes_once(frontend_server: StartFrontend) -> 
                     return response.status
 
             assert set(await asyncio.gather(*(load() for _ in range(20)))) == {200}
-        assert len(upstream.heads) == 2  # one /version, one /meta
+        assert len(upstream.heads) == 2  # one /version, one /meta: the first check
+
+
+async def test_ready_is_told_apart_from_healthy(frontend_server: StartFrontend) -> None:
+    frontend = await frontend_server(nodes=[{"name": "gone", "host": "127.0.0.1", "port": free_port()}])
+    async with frontend.client.get("/ready") as response:
+        assert (response.status, await response.text()) == (200, '{"status":"ready"}')
+
+    def loading() -> str | None:
+        return "the nodes are not loaded yet"
+
+    app = create_app(Options(), frontend.server.cluster)
+    app[READY] = loading
+    async with TestClient(TestServer(app)) as client:
+        async with client.get("/ready") as response:
+            assert response.status == 503
+            assert await response.json() == {"status": "not ready", "reason": "the nodes are not loaded yet"}
+        async with client.get("/health") as response:
+            assert (response.status, await response.text()) == (
+                200,
+                '{"status":"healthy","service":"lmcache-monitor"}',
+            )

@@ -1,14 +1,15 @@
 """Heartbeats, sent to a service that really listens."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import random
 import socket
 import time
+from collections.abc import AsyncIterator
 from datetime import datetime
-from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -19,11 +20,11 @@ from lmcache_frontend.discovery import heartbeat as module
 from lmcache_frontend.discovery import version as version_module
 from lmcache_frontend.discovery.heartbeat import HEARTBEAT, Heartbeat, address_towards, pause
 from lmcache_frontend.discovery.version import first_version
-from lmcache_frontend.nodes.node import Node
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options, read_options
 from lmcache_frontend.pytest_plugin import StartFrontend
 from lmcache_frontend.server import serve
+from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_shared.errors import ConfigError
 from tests.frontend.discovery import discovery_service, success
 from tests.frontend.registries import entries, registry_of
@@ -36,8 +37,17 @@ def registry(*nodes: object) -> Registry:
     return registry_of(entries(*nodes), host="0.0.0.0", port=8000)
 
 
-def leaves(*nodes: object) -> list[Node]:
-    return list(registry(*nodes).nodes())
+@contextlib.asynccontextmanager
+async def board(*nodes: object) -> AsyncIterator[HealthBoard]:
+    health = HealthBoard(registry(*nodes))
+    health.start()
+    yield health
+    await health.close()
+
+
+def beating(*, port: int = 1, report_host: str | None = None) -> Heartbeat:
+    """One without nodes."""
+    return Heartbeat(registry(), HealthBoard(registry()), port=port, report_host=report_host)
 
 
 async def stopped(heartbeat: Heartbeat) -> None:
@@ -48,8 +58,8 @@ async def stopped(heartbeat: Heartbeat) -> None:
 async def test_a_heartbeat_as_lmcaches_frontend_sends_it(api_server: StartApi) -> None:
     worker = await api_server(role="worker")  # on a Unix socket
     dead = {"name": "dead", "host": "127.0.0.1", "port": free_port()}
-    async with discovery_service() as service:
-        heartbeat = Heartbeat(registry(dead, worker.node), port=8123)
+    async with discovery_service() as service, board(dead, worker.node) as health:
+        heartbeat = Heartbeat(registry(dead, worker.node), health, port=8123)
         before = datetime.now().astimezone()
         assert heartbeat.start(service.url)
         assert not heartbeat.start(service.url), "it runs already"
@@ -72,7 +82,7 @@ async def test_a_heartbeat_as_lmcaches_frontend_sends_it(api_server: StartApi) -
 
 async def test_the_interval_the_initial_delay_and_a_stop_at_once() -> None:
     async with discovery_service() as service:
-        heartbeat = Heartbeat(registry(), port=1)
+        heartbeat = beating()
         began = time.monotonic()
         heartbeat.start(service.url, initial_delay=0.3, interval=0.2)
         await service.receive(3)
@@ -99,7 +109,7 @@ async def test_the_interval_the_initial_delay_and_a_stop_at_once() -> None:
 )
 async def test_the_host_that_the_operator_names(host: str, reported: str) -> None:
     async with discovery_service() as service:
-        heartbeat = Heartbeat(registry(), port=7, report_host=host)
+        heartbeat = beating(port=7, report_host=host)
         heartbeat.start(service.url + "?token=t%20%26&pid=x")
         (sent,) = await service.receive(1)
         await stopped(heartbeat)
@@ -137,7 +147,7 @@ async def test_failures_are_told_once_and_the_end_of_them_too(caplog: pytest.Log
 
     caplog.set_level(logging.WARNING, LOGGER)
     async with discovery_service(answer) as service:
-        heartbeat = Heartbeat(registry(), port=1)
+        heartbeat = beating()
         url = service.url.replace("http://", "http://user:hidden@") + "?token=hidden"
         heartbeat.start(url, interval=0.05)
         await service.receive(3)
@@ -193,7 +203,7 @@ async def test_slow_and_huge_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         return response
 
     async with discovery_service(huge) as service:
-        heartbeat = Heartbeat(registry(), port=1)
+        heartbeat = beating()
         heartbeat.start(service.url, interval=0.05)
         await service.receive(3)
         assert heartbeat.status()["failures"] == 0, "its status says success"
@@ -214,7 +224,7 @@ async def test_slow_and_huge_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for answer in (slow, never):
         async with discovery_service(answer) as service:
-            heartbeat = Heartbeat(registry(), port=1)
+            heartbeat = beating()
             heartbeat.start(service.url, interval=0.05)
             await service.receive(2)
             assert heartbeat.status()["problem"] == "no answer within 0.3 seconds"
@@ -223,51 +233,24 @@ async def test_slow_and_huge_answers(monkeypatch: pytest.MonkeyPatch) -> None:
             assert time.monotonic() - clock < 0.2, "also in the middle of one"
 
 
-@pytest.mark.parametrize(
-    ("answer", "version"),
-    [
-        (b'"0.5.6"', "0.5.6"),
-        (b"'0.5.6'", "0.5.6"),
-        (b" 0.5.6\n", "0.5.6"),
-        (b"", None),
-        (b"[" * 4000, None),
-        (b'"\\ud800"', None),
-        (b'{"a": 1}', None),
-        (b"x" * 200, None),
-        (b"\xff\x00", None),
-    ],
-)
-async def test_what_a_node_says_of_its_version(answer: bytes, version: str | None) -> None:
-    head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(answer)}\r\n\r\n".encode()
-    async with serving(Upstream(head + answer)) as node:
-        assert await first_version(leaves(node.node)) == version
-        assert node.heads[0].startswith(b"GET /version HTTP/1.1\r\n")
-
-
-async def test_the_version_of_nodes_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(version_module, "NODE_SECONDS", 0.2)
+async def test_the_version_is_that_of_the_first_node_that_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(version_module, "TOTAL_SECONDS", 0.5)
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
 
-    clock = time.monotonic()
-    async with serving(Upstream(talk=silent)) as upstream:
-        nodes = [{**upstream.node, "name": f"n{i}"} for i in range(100)]
-        assert await first_version(leaves(*nodes)) is None
-        assert time.monotonic() - clock < 1.5
-        async with serving(Upstream(b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"9.9"')) as second:
-            assert await first_version(leaves(*nodes[:10], {**second.node, "name": "last"})) == "9.9"
-
-
-async def test_a_node_behind_another_frontend_is_asked_through_it(
-    api_server: StartApi, frontend_server: StartFrontend
-) -> None:
-    worker = await api_server(role="worker")
-    far = await frontend_server(nodes=[worker.node])
-    proxy = {"name": "far", "host": "127.0.0.1", "port": far.server.address.port, "nodes": [worker.node]}
-    async with worker.client.get("/version") as response:
-        assert await first_version(leaves(proxy)) == await response.json()
+    async with serving(Upstream(talk=silent)) as upstream, contextlib.AsyncExitStack() as stack:
+        nodes = [{**upstream.node, "name": f"n{i}"} for i in range(10)]
+        for version in (b'"9.9"', b'"8.8"'):
+            answer = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n%s" % version
+            node = await stack.enter_async_context(serving(Upstream(answer)))
+            nodes.append({**node.node, "name": version.decode()})
+        async with board(*nodes) as health:
+            clock = time.monotonic()
+            assert await first_version(health) == "9.9"
+            assert time.monotonic() - clock < 1.5, "it does not wait for those that hang"
+        async with board(*nodes[:10]) as health:
+            assert await first_version(health) is None
 
 
 async def test_inside_the_frontend(frontend_server: StartFrontend) -> None:
@@ -337,8 +320,3 @@ def test_no_http_is_on_off_or_from_the_environment() -> None:
     assert read_options(url, {"LMCACHE_FRONTEND_NO_HTTP": "1"}).no_http
     assert not read_options(["--no-http=false"], {"LMCACHE_FRONTEND_NO_HTTP": "1"}).no_http
     assert not read_options([], {}).no_http
-
-
-async def test_a_socket_that_is_not_there_yet(tmp_path: Path) -> None:
-    node = {"name": "n", "host": "localhost", "port": str(tmp_path / "s")}
-    assert await first_version(leaves(node)) is None

@@ -456,7 +456,7 @@ async def test_proxied_requests_are_counted(frontend_server: StartFrontend) -> N
 def test_whom_a_proxied_request_is_for() -> None:
     rack = {"name": "rack", "host": "h", "port": 80, "nodes": [{"name": "w", "host": "x", "port": "/run/w"}]}
     nodes = [{"name": "n", "host": "h2", "port": 1}, rack]
-    registry = Registry(read_list(json.dumps(nodes).encode(), "nodes"), host="h", port=1)
+    registry = registry_of(read_list(json.dumps(nodes).encode(), "nodes"))
     metrics = OwnMetrics(registry, ClusterHealth())
     (behind,) = [node.reach for node in registry.nodes() if node.name == "w"]
 
@@ -472,7 +472,7 @@ def test_whom_a_proxied_request_is_for() -> None:
 
 
 def test_series_of_nodes_that_are_gone_end() -> None:
-    registry = Registry([], host="h", port=1)
+    registry = registry_of()
     metrics = OwnMetrics(registry, ClusterHealth())
     metrics._requests.labels("gone", "local_proxy", "2xx").inc()
     metrics._requests.labels(*OTHER, "2xx").inc()

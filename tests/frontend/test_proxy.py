@@ -17,11 +17,18 @@ from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend.app import TARGETS
 from lmcache_frontend.proxy import transport
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
+from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_shared.address import UnixAddress, quote_socket
 from tests.frontend.boards import settled
 from tests.frontend.upstream import Upstream, raw, serving
 
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upstreams here count what reaches them: no node is checked before somebody asks the board."""
+    monkeypatch.setattr(HealthBoard, "start", lambda board: None)
 
 
 async def frontend_for(frontend_server: StartFrontend, *nodes: object, **options: object) -> RunningFrontend:

@@ -279,6 +279,7 @@ class Registry:
         by_hand = self._layers[BY_HAND].nodes
         neighbours = [self._neighbours[name] for name in heads if name in self._neighbours]
         nearest = self._nearest(neighbours)
+        written = {(key[0], node.address) for layer in self._layers.values() for key, node in layer.nodes.items()}
         for layer in [*self._layers.values(), *neighbours]:
             for key, node in layer.nodes.items():
                 proxy, name = key
@@ -286,6 +287,8 @@ class Registry:
                     continue
                 if node.origin is not None and nearest[node.origin] != key:
                     continue
+                if node.path is not None and (proxy, node.address) in written:
+                    continue  # under another name
                 chosen = by_hand.get(key, node)
                 found[proxy][name] = replace(chosen, via=_way(heads[proxy], chosen))
         for proxy, head in heads.items():
