@@ -371,6 +371,9 @@ async def test_narrowed_by_node(frontend_server: StartFrontend) -> None:
         assert await chosen("?node=a") == {("local_proxy", "a"), ("rack", "a")}
         assert await chosen("?node=rack/a&node=b") == {("rack", "a"), ("local_proxy", "b")}
         assert await chosen("?node=rack/b/c%20d") == {("rack", "b/c d")}
+        text = await scraped(frontend, "?node=")
+        assert successes(text) == {}
+        assert {name[:17] for name, _ in samples_of(text)} == {"lmcache_frontend_"}
         async with frontend.client.get("/metrics?node=a&node=nobody") as response:
             assert (response.status, await response.json()) == (404, {"detail": "Node with name 'nobody' not found"})
 

@@ -247,7 +247,7 @@ class OwnMetrics:
         A job that asks for a few nodes and one that asks for others would tell everything else twice.
         """
         text = b"".join(_of_scrapes(outcomes)).decode("utf-8", "replace")
-        if not wanted.is_whole:
+        if not wanted.tells_own:
             return text.encode()
         states = self._states()
         build = {"version": VERSION, "python": platform.python_version()}
