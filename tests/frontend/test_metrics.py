@@ -488,7 +488,7 @@ async def test_states_and_roles_are_told_by_whoever_watches(frontend_server: Sta
     frontend = await frontend_server(nodes=[{"name": "n", "host": "127.0.0.1", "port": free_port()}])
     health = frontend.server._runner.app[CLUSTER_HEALTH]
     health.states = lambda: {"up": 1, "down": 2}
-    health.role = lambda node: "worker"
+    health.role = lambda proxy, node: "worker" if (proxy, node) == ("local_proxy", "n") else None
     text = await scraped(frontend)
     assert value_of(text, "lmcache_frontend_nodes", state="down") == 2
     assert value_of(text, "lmcache_frontend_nodes", state="unknown") is None

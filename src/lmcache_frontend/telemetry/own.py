@@ -18,7 +18,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric
 
-from lmcache_frontend.nodes.node import LOCAL_PROXY, Node, Proxy
+from lmcache_frontend.nodes.node import LOCAL_PROXY, Proxy
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.proxy.transport import Traffic
 from lmcache_frontend.telemetry.scrape import OURS, Outcome, Wanted
@@ -135,11 +135,11 @@ class ClusterHealth:
 
     Attributes:
         states: how many nodes there are in each state.
-        role: a node's role, such as `worker`.
+        role: the role, such as `worker`, of a proxy's node, by the names of both.
     """
 
     states: Callable[[], Mapping[str, int]] | None = None
-    role: Callable[[Node], str | None] = field(default=lambda _: None)
+    role: Callable[[str, str], str | None] = field(default=lambda proxy, node: None)
 
 
 class Watched:
