@@ -371,6 +371,9 @@ async def test_narrowed_by_node(frontend_server: StartFrontend) -> None:
         assert await chosen("?node=a") == {("local_proxy", "a"), ("rack", "a")}
         assert await chosen("?node=rack/a&node=b") == {("rack", "a"), ("local_proxy", "b")}
         assert await chosen("?node=rack/b/c%20d") == {("rack", "b/c d")}
+        text = await scraped(frontend, "?node=")
+        assert successes(text) == {}
+        assert {name[:17] for name, _ in samples_of(text)} == {"lmcache_frontend_"}
         async with frontend.client.get("/metrics?node=a&node=nobody") as response:
             assert (response.status, await response.json()) == (404, {"detail": "Node with name 'nobody' not found"})
 
@@ -485,7 +488,7 @@ async def test_states_and_roles_are_told_by_whoever_watches(frontend_server: Sta
     frontend = await frontend_server(nodes=[{"name": "n", "host": "127.0.0.1", "port": free_port()}])
     health = frontend.server._runner.app[CLUSTER_HEALTH]
     health.states = lambda: {"up": 1, "down": 2}
-    health.role = lambda node: "worker"
+    health.role = lambda proxy, node: "worker" if (proxy, node) == ("local_proxy", "n") else None
     text = await scraped(frontend)
     assert value_of(text, "lmcache_frontend_nodes", state="down") == 2
     assert value_of(text, "lmcache_frontend_nodes", state="unknown") is None

@@ -208,6 +208,31 @@ def running_controllers(python: str, folder: Path) -> Iterator[Controllers]:
             child.end(ask=child.process.stdin.close)
 
 
+@contextlib.contextmanager
+def running_multiprocess(python: str, folder: Path) -> Iterator[int]:
+    """LMCache's multiprocess server, on a CPU; the port of its HTTP server."""
+    port, http_port = free_ports(2)
+    where = ["--host", "localhost", "--port", str(port), "--http-host", "127.0.0.1", "--http-port", str(http_port)]
+    memory = ["--l1-size-gb", "1", "--eviction-policy", "LRU"]
+    yield from _serving(python, folder, "lmcache.v1.multiprocess.http_server", [*where, *memory], http_port)
+
+
+@contextlib.contextmanager
+def running_controller(python: str, folder: Path) -> Iterator[int]:
+    """LMCache's own controller server; its port."""
+    port, pull, reply = free_ports(3)
+    monitor = json.dumps({"pull": pull, "reply": reply})
+    options = ["--host", "127.0.0.1", "--port", str(port), "--monitor-ports", monitor]
+    yield from _serving(python, folder, "lmcache.v1.api_server", options, port)
+
+
+def _serving(python: str, folder: Path, module: str, options: Sequence[str], port: int) -> Iterator[int]:
+    log = folder / f"{module}.log"
+    with _started([python, "-m", module, *options], log, environ=lmcache_environ(folder)) as child:
+        child.wait_until(lambda: _answers(port, "/metrics"), seconds=START_SECONDS, what=module)
+        yield port
+
+
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(socket.socket()) for _ in range(count)]

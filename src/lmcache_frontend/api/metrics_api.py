@@ -29,6 +29,9 @@ WRITE_SECONDS_PER_NODE = 0.002
 SEND_SECONDS = 60.0
 """A caller who has not taken the whole answer by then is cut off: it is held in memory for it."""
 
+NO_NODE = ""
+"""`?node=`: the frontend's own metrics alone, beside a job that scrapes the nodes one by one."""
+
 MAX_MATCHES = 64
 PIECE_BYTES = 256 << 10
 """What is sent, or compressed, at once."""
@@ -119,8 +122,9 @@ def _wanted(request: web.Request) -> Wanted:
             parse_match(match)
         except ExpositionError as error:
             raise _unprocessable("value_error", f"Value error, {error}", match) from None
-    chosen = _chosen(leaves, names) if names else leaves
-    return Wanted(chosen, tuple(sorted(set(matches))), _seconds(request, len(chosen)), not names)
+    chosen = leaves if not names else () if names == [NO_NODE] else _chosen(leaves, names)
+    tells_own = names in ([], [NO_NODE])
+    return Wanted(chosen, tuple(sorted(set(matches))), _seconds(request, len(chosen)), tells_own)
 
 
 def _chosen(leaves: tuple[Leaf, ...], names: list[str]) -> tuple[Leaf, ...]:

@@ -29,7 +29,7 @@ async def targets(request: web.Request) -> web.Response:
         raise Refusal(400, f"Host: {host[:300]!r} is no host that Prometheus could be sent to")
     role_of = request.app[CLUSTER_HEALTH].role
     leaves = leaves_of(list(request.app[REGISTRY].proxies()))
-    return json_response([_target(leaf, host, role_of(leaf.node)) for leaf in leaves])
+    return json_response([_target(leaf, host, role_of(leaf.proxy, leaf.node.name)) for leaf in leaves])
 
 
 def _target(leaf: Leaf, host: str, role: str | None) -> dict[str, object]:

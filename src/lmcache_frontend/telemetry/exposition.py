@@ -52,6 +52,8 @@ _EOF: Final = b"# EOF"
 
 _Lines = Sequence[bytes]
 _Row = tuple[bytes, ...]
+_Sample = tuple[bytes, int, int]
+"""A sample's name, and where in a row its labels and its number are."""
 _Variant = tuple[bool, tuple[str, ...], tuple[Matcher, ...] | None]
 """What besides the lines decides how a text is read: its format, the names of its node's labels, which matchers still
 can match."""
@@ -225,16 +227,21 @@ class Merge:
 
     def _openmetrics_texts(self) -> Iterator[bytes]:
         rows = _Rows(openmetrics=True)
-        named = openmetrics_families(self._names())
-        for key, ours in self._families.items():
-            family = named.get(key)
-            if family is None:
-                continue
-            unit = ours.unit if ours.unit and family.name.endswith(b"_" + ours.unit.encode()) else None
-            yield _head(family.name, family.type, ours.help, unit, openmetrics=True)
-            began = {} if family.created is None else dict(self._families[family.created].uses)
-            for layout, part in ours.uses:
-                yield from _filled(_openmetrics_samples(family, layout, part, began.get(layout)), rows.of(layout))
+        for key, named in openmetrics_families(self._names()).items():
+            family = self._families[key]
+            other = named.created or named.began
+            others = {} if other is None else dict(self._families[other].uses)
+            is_begun = False
+            for layout, part in family.uses:
+                if named.began is None:
+                    samples = _openmetrics_samples(named, layout, part, others.get(layout))
+                else:
+                    samples = _without_metric(named, layout, part, others.get(layout))
+                if not is_begun and (samples or named.began is None):
+                    unit = family.unit if family.unit and named.name.endswith(b"_" + family.unit.encode()) else None
+                    yield _head(named.name, named.type, family.help, unit, openmetrics=True)
+                    is_begun = True
+                yield from _filled(samples, rows.of(layout))
         yield b"# EOF\n"
 
 
@@ -347,25 +354,40 @@ def _head(name: bytes, type: str, help: str | None, unit: str | None = None, *, 
 
 
 def _openmetrics_samples(
-    family: OpenMetricsFamily, layout: Layout, part: Part, created: Part | None
-) -> Sequence[tuple[bytes, int, int]]:
+    named: OpenMetricsFamily, layout: Layout, part: Part, created: Part | None
+) -> Sequence[_Sample]:
     """As OpenMetrics wants the samples of a family: those of one metric together, each followed by when it began."""
-    bounded, bound = BOUNDS.get(part.type, (None, ""))
+    bounded, _ = BOUNDS.get(part.type, (None, ""))
     width = len(layout.table)
-    metrics: dict[object, list[tuple[bytes, int, int]]] = {}
+    metrics: dict[object, list[_Sample]] = {}
     for suffix, label_set, number in part.samples():
-        metric = label_set if bounded is None else layout.table[label_set].group
         spelled = width if suffix == bounded else 0
-        metrics.setdefault(metric, []).append((family.samples + suffix, label_set + spelled, 2 * width + number))
+        sample = named.samples + suffix, label_set + spelled, 2 * width + number
+        metrics.setdefault(_metric(layout, part, label_set), []).append(sample)
     for _, label_set, number in [] if created is None else created.samples():
-        metric = label_set if bounded is None else layout.table[label_set].group
-        if metric in metrics and bound not in layout.table[label_set].numbers:
-            metrics[metric].append((family.name + b"_created", label_set, 2 * width + number))
+        if (metric := metrics.get(_metric(layout, part, label_set))) is not None:
+            metric.append((named.name + b"_created", label_set, 2 * width + number))
     return [sample for metric in metrics.values() for sample in metric]
 
 
-def _filled(samples: Sequence[tuple[bytes, int, int]], rows: Sequence[_Row]) -> Iterator[bytes]:
-    """The samples of one family for each of the rows, many at once: a sample's name, and where in a row the rest is."""
+def _without_metric(named: OpenMetricsFamily, layout: Layout, created: Part, part: Part | None) -> Sequence[_Sample]:
+    """When those samples began that are not there: in OpenMetrics they are a family of their own."""
+    width = len(layout.table)
+    metrics = set() if part is None else {_metric(layout, part, label_set) for label_set in part.sets}
+    return [
+        (named.samples, label_set, 2 * width + number)
+        for _, label_set, number in created.samples()
+        if part is None or _metric(layout, part, label_set) not in metrics
+    ]
+
+
+def _metric(layout: Layout, part: Part, label_set: int) -> object:
+    """What the samples of one metric have in common, and when it began."""
+    return label_set if part.type not in BOUNDS else layout.table[label_set].group
+
+
+def _filled(samples: Sequence[_Sample], rows: Sequence[_Row]) -> Iterator[bytes]:
+    """The samples of one family for each of the rows, many at once."""
     if not samples:
         return
     template = b"".join([name + b"%b %b\n" for name, _, _ in samples])

@@ -14,7 +14,7 @@ from typing import Final
 
 MAX_LINE: Final = 65_536
 MAX_LABELS: Final = 64
-MAX_NUMBER: Final = 64
+MAX_NUMBER: Final = 400
 MAX_SHOWN: Final = 60
 
 NAME: Final = rb"[a-zA-Z_:][a-zA-Z0-9_:]*"

@@ -269,7 +269,7 @@ class _PatternReader:
         if (least, most) == (1, 1):
             return fragment
         begin = end = self._state()
-        for number in range(max(least, most or 1)):
+        for number in range(max(least, 1) if most is None else most):
             if number:
                 after, self._at = self._at, start
                 fragment = self._atom()

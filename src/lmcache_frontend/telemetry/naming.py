@@ -58,12 +58,14 @@ class OpenMetricsFamily(NamedTuple):
     type: str
     samples: bytes
     """The name of its samples, less their suffix."""
-    created: Key | None
+    created: Key | None = None
     """The family with the times at which its samples began."""
+    began: Key | None = None
+    """The family whose samples began at these times; only the others are here."""
 
 
 def openmetrics_families(names: Mapping[Key, bytes]) -> dict[Key, OpenMetricsFamily]:
-    """What each family is called in OpenMetrics, but those that have gone into another one.
+    """What each family is called in OpenMetrics.
 
     A counter is named without its `_total`; where it has none, or something else has that name, its type is unknown.
     """
@@ -88,6 +90,9 @@ def openmetrics_families(names: Mapping[Key, bytes]) -> dict[Key, OpenMetricsFam
     folded = {parent: key for key, parent in inside.items()}
     for key, name in names.items():
         if key in inside:
+            samples = _free_name(name, "gauge", taken)
+            taken.add(samples)
+            families[key] = OpenMetricsFamily(samples, "gauge", samples, began=inside[key])
             continue
         samples = name
         if key in bases and key[1] in BOUNDS and name in created:

@@ -18,7 +18,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric
 
-from lmcache_frontend.nodes.node import LOCAL_PROXY, Node, Proxy
+from lmcache_frontend.nodes.node import LOCAL_PROXY, Proxy
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.proxy.transport import Traffic
 from lmcache_frontend.telemetry.scrape import OURS, Outcome, Wanted
@@ -135,11 +135,11 @@ class ClusterHealth:
 
     Attributes:
         states: how many nodes there are in each state.
-        role: a node's role, such as `worker`.
+        role: the role, such as `worker`, of a proxy's node, by the names of both.
     """
 
     states: Callable[[], Mapping[str, int]] | None = None
-    role: Callable[[Node], str | None] = field(default=lambda _: None)
+    role: Callable[[str, str], str | None] = field(default=lambda proxy, node: None)
 
 
 class Watched:
@@ -247,7 +247,7 @@ class OwnMetrics:
         A job that asks for a few nodes and one that asks for others would tell everything else twice.
         """
         text = b"".join(_of_scrapes(outcomes)).decode("utf-8", "replace")
-        if not wanted.is_whole:
+        if not wanted.tells_own:
             return text.encode()
         states = self._states()
         build = {"version": VERSION, "python": platform.python_version()}

@@ -100,14 +100,14 @@ class Outcome:
 class Wanted:
     """What a round is for; two of the same are one round.
 
-    `matches` are series selectors, of which a sample must match one, when there are any. `is_whole` says that all nodes
-    are meant, not those that a caller chose.
+    `matches` are series selectors, of which a sample must match one, when there are any. `tells_own` says whether the
+    frontend's own metrics are told, beside those of the scrapes.
     """
 
     leaves: tuple[Leaf, ...]
     matches: tuple[str, ...]
     seconds: float
-    is_whole: bool
+    tells_own: bool
 
 
 @dataclass(frozen=True)
@@ -198,13 +198,13 @@ class Scraper:
                 task.cancel()
             await run.close()
         in_order = [outcomes[leaf] for leaf in wanted.leaves]
-        self._note(in_order, is_whole=wanted.is_whole)
+        self._note(in_order, are_all=wanted.tells_own and bool(in_order))
         conflicts = merge.conflicts
         text = await self.in_thread(lambda: self._describe(wanted, in_order, conflicts))
         await run.merge_in({}, text)
         return Result(in_order, merge)
 
-    def _note(self, outcomes: Sequence[Outcome], *, is_whole: bool) -> None:
+    def _note(self, outcomes: Sequence[Outcome], *, are_all: bool) -> None:
         """Log each reason once, when it appears, changes or goes; of many at once the first few."""
         seen = set()
         told: list[str] = []
@@ -222,7 +222,7 @@ class Scraper:
             logger.warning("%s", line)
         if len(told) > MAX_LINES:
             logger.warning("and %d more nodes whose metrics are missing or back", len(told) - MAX_LINES)
-        if is_whole:
+        if are_all:
             for gone in self._problems.keys() - seen:
                 del self._problems[gone]
 
