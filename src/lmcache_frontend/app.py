@@ -16,7 +16,7 @@ from lmcache_frontend.options import Options
 from lmcache_frontend.proxy.policy import Policy
 from lmcache_frontend.proxy.transport import Targets
 from lmcache_frontend.telemetry.health import HealthBoard
-from lmcache_frontend.telemetry.own import CLUSTER_HEALTH, OWN_METRICS, ClusterHealth, OwnMetrics
+from lmcache_frontend.telemetry.own import OWN_METRICS, OwnMetrics
 from lmcache_shared import routes
 from lmcache_shared.access import own_site_only
 from lmcache_shared.errors import refusals
@@ -54,8 +54,7 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     app[POLICY] = Policy(cluster.registry, options.socket_prefix)
     app[HEALTH] = cluster.health
     app[READY] = cluster.not_ready
-    app[CLUSTER_HEALTH] = ClusterHealth(states=cluster.health.counts)
-    app[OWN_METRICS] = OwnMetrics(cluster.registry, app[CLUSTER_HEALTH])
+    app[OWN_METRICS] = OwnMetrics(cluster.registry, cluster.health)
     app.cleanup_ctx.append(_targets)
     folders = options.route_folder or []
     routes.add_routes(

@@ -19,13 +19,15 @@ from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend.api import metrics_api, sd_api
 from lmcache_frontend.api.metrics_api import SCRAPER
 from lmcache_frontend.nodes.node import read_list
-from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from lmcache_frontend.telemetry import scrape
+from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_frontend.telemetry.negotiation import wants_gzip, wants_openmetrics
-from lmcache_frontend.telemetry.own import CLUSTER_HEALTH, FAMILIES, OTHER, ClusterHealth, OwnMetrics, TargetLabels
+from lmcache_frontend.telemetry.own import FAMILIES, OTHER, OwnMetrics, TargetLabels
 from lmcache_shared.address import TcpAddress, UnixAddress
+from tests.frontend.boards import settled
+from tests.frontend.registries import registry_of
 from tests.frontend.upstream import Upstream, raw, serving
 
 GOOD = b'# HELP a_total Some.\n# TYPE a_total counter\na_total{x="1"} 5\na_total{x="2"} 6\n'
@@ -35,6 +37,15 @@ PROMETHEUS_ACCEPTS = (
 )
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+_START = HealthBoard.start
+
+
+@pytest.fixture(autouse=True)
+def no_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upstreams here count what reaches them: no node is checked before a test wants it."""
+    monkeypatch.setattr(HealthBoard, "start", lambda board: None)
 
 
 def answer(body: bytes, *fields: str, status: str = "200 OK") -> bytes:
@@ -460,7 +471,7 @@ def test_whom_a_proxied_request_is_for() -> None:
     rack = {"name": "rack", "host": "h", "port": 80, "nodes": [{"name": "w", "host": "x", "port": "/run/w"}]}
     nodes = [{"name": "n", "host": "h2", "port": 1}, rack]
     registry = registry_of(read_list(json.dumps(nodes).encode(), "nodes"))
-    metrics = OwnMetrics(registry, ClusterHealth())
+    metrics = OwnMetrics(registry, HealthBoard(registry))
     (behind,) = [node.reach for node in registry.nodes() if node.name == "w"]
 
     def whom(host: str, port: int, path: str) -> TargetLabels:
@@ -476,7 +487,7 @@ def test_whom_a_proxied_request_is_for() -> None:
 
 def test_series_of_nodes_that_are_gone_end() -> None:
     registry = registry_of()
-    metrics = OwnMetrics(registry, ClusterHealth())
+    metrics = OwnMetrics(registry, HealthBoard(registry))
     metrics._requests.labels("gone", "local_proxy", "2xx").inc()
     metrics._requests.labels(*OTHER, "2xx").inc()
     text = metrics.describe(scrape.Wanted((), (), 1, True), [], 0).decode()
@@ -484,16 +495,21 @@ def test_series_of_nodes_that_are_gone_end() -> None:
     assert value_of(text, "lmcache_frontend_proxy_requests_total", node="other", proxy="", code="2xx") == 1
 
 
-async def test_states_and_roles_are_told_by_whoever_watches(frontend_server: StartFrontend) -> None:
-    frontend = await frontend_server(nodes=[{"name": "n", "host": "127.0.0.1", "port": free_port()}])
-    health = frontend.server._runner.app[CLUSTER_HEALTH]
-    health.states = lambda: {"up": 1, "down": 2}
-    health.role = lambda proxy, node: "worker" if (proxy, node) == ("local_proxy", "n") else None
+async def test_states_and_roles_are_told(api_server: StartApi, frontend_server: StartFrontend) -> None:
+    worker = await api_server(role="worker")
+    gone = {"name": "gone", "host": "127.0.0.1", "port": free_port()}
+    frontend = await frontend_server(nodes=[worker.node, gone])
     text = await scraped(frontend)
-    assert value_of(text, "lmcache_frontend_nodes", state="down") == 2
-    assert value_of(text, "lmcache_frontend_nodes", state="unknown") is None
-    (target,) = await (await frontend.client.get("/sd/prometheus")).json()
-    assert target["labels"]["role"] == "worker"
+    assert value_of(text, "lmcache_frontend_nodes", state="unknown") == 2
+    _START(frontend.server.cluster.health)
+    await settled(frontend)
+    text = await scraped(frontend)
+    states = {
+        state: value_of(text, "lmcache_frontend_nodes", state=state) for state in ("up", "slow", "down", "unknown")
+    }
+    assert states == {"up": 1, "slow": 0, "down": 1, "unknown": 0}
+    targets = await (await frontend.client.get("/sd/prometheus")).json()
+    assert [target["labels"].get("role") for target in targets] == ["worker", None]
 
 
 def as_prometheus_asks(base: str, metrics_path: str) -> URL:

@@ -10,8 +10,7 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
-from lmcache_frontend.app import REGISTRY
-from lmcache_frontend.telemetry.own import CLUSTER_HEALTH
+from lmcache_frontend.app import HEALTH, REGISTRY
 from lmcache_frontend.telemetry.scrape import Leaf, leaves_of
 from lmcache_shared.errors import Refusal
 from lmcache_shared.responses import json_response
@@ -27,9 +26,9 @@ async def targets(request: web.Request) -> web.Response:
     host = request.host
     if not _HOST.fullmatch(host):
         raise Refusal(400, f"Host: {host[:300]!r} is no host that Prometheus could be sent to")
-    role_of = request.app[CLUSTER_HEALTH].role
+    health = request.app[HEALTH]
     leaves = leaves_of(list(request.app[REGISTRY].proxies()))
-    return json_response([_target(leaf, host, role_of(leaf.proxy, leaf.node.name)) for leaf in leaves])
+    return json_response([_target(leaf, host, health.of(leaf.proxy, leaf.node.name).role) for leaf in leaves])
 
 
 def _target(leaf: Leaf, host: str, role: str | None) -> dict[str, object]:

@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from aiohttp import web
@@ -21,6 +20,7 @@ from prometheus_client.metrics_core import Metric
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Proxy
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.proxy.transport import Traffic
+from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_frontend.telemetry.scrape import OURS, Outcome, Wanted
 from lmcache_shared.address import Address
 from lmcache_shared.errors import Refusal
@@ -37,9 +37,6 @@ MAX_PREFIX_SEGMENTS = 32
 """Of a path, what is looked at for a node behind other frontends."""
 
 _REASONS = {403: "forbidden", 502: "unreachable", 504: "late"}
-
-UNKNOWN = "unknown"
-"""The state of all nodes while nobody tells of their health."""
 
 
 class Family(NamedTuple):
@@ -129,19 +126,6 @@ class TargetLabels(NamedTuple):
 OTHER = TargetLabels("other", "")
 
 
-@dataclass
-class ClusterHealth:
-    """What whoever watches the nodes tells of them; until somebody does, all are of an unknown state and role.
-
-    Attributes:
-        states: how many nodes there are in each state.
-        role: the role, such as `worker`, of a proxy's node, by the names of both.
-    """
-
-    states: Callable[[], Mapping[str, int]] | None = None
-    role: Callable[[str, str], str | None] = field(default=lambda proxy, node: None)
-
-
 class Watched:
     """A proxied request while it is counted."""
 
@@ -195,7 +179,7 @@ class OwnMetrics:
         health: asked whenever metrics are read.
     """
 
-    def __init__(self, registry: Registry, health: ClusterHealth) -> None:
+    def __init__(self, registry: Registry, health: HealthBoard) -> None:
         self._nodes = registry
         self._targets = _Targets(registry)
         self._health = health
@@ -249,18 +233,13 @@ class OwnMetrics:
         text = b"".join(_of_scrapes(outcomes)).decode("utf-8", "replace")
         if not wanted.tells_own:
             return text.encode()
-        states = self._states()
+        states = self._health.counts()
         build = {"version": VERSION, "python": platform.python_version()}
         text += _family("type_conflicts", [({}, conflicts)])
         text += _family("nodes", [({"state": state}, count) for state, count in states.items()])
         text += _family("build_info", [(build, 1)])
         self._forget_the_gone()
         return text.encode() + generate_latest(_WithoutCreated(self._registry))
-
-    def _states(self) -> Mapping[str, int]:
-        if self._health.states is not None:
-            return self._health.states()
-        return {UNKNOWN: sum(1 for _ in self._nodes.nodes())}
 
     def _forget_the_gone(self) -> None:
         """Series of nodes that are no longer registered end, or they would pile up as nodes come and go."""
@@ -320,4 +299,3 @@ def _escaped(value: str) -> str:
 
 
 OWN_METRICS: web.AppKey[OwnMetrics] = web.AppKey("own metrics", OwnMetrics)
-CLUSTER_HEALTH: web.AppKey[ClusterHealth] = web.AppKey("cluster health", ClusterHealth)
