@@ -169,7 +169,7 @@ class RedisStore:
         lost = False
         while True:
             try:
-                now = await self._clock(within=until - loop.time())
+                now = await self._clock(within=_at_most(until - loop.time()))
             except StoreAway as away:
                 if not lost:
                     raise StoreAway(f"{away}; nothing was changed") from None
@@ -178,7 +178,9 @@ class RedisStore:
                 # Redis told its time before we know it, so on our clock this is `until` or earlier
                 latest = now + int((until - loop.time()) * 1000)
                 try:
-                    return self._went_well(await self._try(changes, identity, latest, within=until - loop.time()))
+                    return self._went_well(
+                        await self._try(changes, identity, latest, within=_at_most(until - loop.time()))
+                    )
                 except _Lost as away:
                     lost, problem = True, away
                 except _Refused as away:
@@ -333,15 +335,14 @@ class RedisStore:
         if self._closed:
             question.close()
             raise _Refused(f"{self.description}: this frontend has closed it")
-        seconds = max(0.0, min(within, CALL_SECONDS))
         try:
-            return await _within(seconds, question)
+            return await _within(within, question)
         except (AuthenticationError, BusyLoadingError, ResponseError) as error:
             if isinstance(error, ReadOnlyError):
                 await self._forget_connections()  # its name may mean another one by now
             raise _Refused(f"{self.description}: {_reason(error)}") from None
         except (RedisTimeoutError, asyncio.TimeoutError):
-            raise _Lost(f"{self.description}: no answer within {seconds:g} seconds") from None
+            raise _Lost(f"{self.description}: no answer within {within:.3g} seconds") from None
         except (RedisConnectionError, OSError) as error:
             raise _Lost(f"{self.description}: {_one_line(error)}") from None
         except Exception as error:  # whatever answers there: it may be no Redis at all
@@ -426,6 +427,10 @@ async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
     if not task.done() or task.cancelled():
         raise asyncio.TimeoutError
     return task.result()
+
+
+def _at_most(seconds: float) -> float:
+    return max(0.0, min(seconds, CALL_SECONDS))
 
 
 def _optional(text: str | None) -> str:
