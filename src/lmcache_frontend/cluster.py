@@ -45,13 +45,16 @@ class Cluster:
         self.sources = Sources([*_sources(options, self.registry), self.discovery])
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self) -> None:
-        """Begin to follow every source. What is kept by hand is there when this returns, or its store is away."""
+    async def load(self) -> None:
+        """Read what is kept by hand, unless its store is away. Nobody else is asked for anything yet."""
         try:
             await self.store.open()
             await self.by_hand.read()
         except StoreAway as away:
             self.by_hand.note(away)
+
+    def start(self) -> None:
+        """Follow every source, and check the nodes."""
         self.sources.start()
         self.health.start()
         self._tasks = [

@@ -61,8 +61,9 @@ class FrontendServer:
         """
         await self._runner.setup()
         try:
-            await self.cluster.start()
+            await self.cluster.load()
             await make_site(self._runner, self.address).start()
+            self.cluster.start()
         except BaseException:
             await self._runner.cleanup()
             await self.cluster.stop()
