@@ -284,7 +284,7 @@ def _lines(payload: bytes, openmetrics: bool | None) -> tuple[_Lines, bool]:
     Raises:
         ExpositionError: it is too long or not complete.
     """
-    if len(payload) > MAX_PAYLOAD or payload.count(b"\n") > MAX_LINES:
+    if len(payload) > MAX_LINES and (len(payload) > MAX_PAYLOAD or payload.count(b"\n") > MAX_LINES):
         raise ExpositionError(f"line 1: a text of more than {MAX_PAYLOAD} bytes or {MAX_LINES} lines")
     if b"\r\n" in payload:
         payload = payload.replace(b"\r\n", b"\n")
