@@ -28,6 +28,9 @@ from .lines import (
 MARK: Final = b"\xff"
 """Stands in a label set's text for the node's labels: no UTF-8 text has this byte."""
 
+BYTES_OF_A_LABEL: Final = 250
+"""What a short label takes as Python objects; measured."""
+
 Labels = tuple[tuple[str, str], ...]
 Selects = Callable[[str, Mapping[str, str]], bool]
 
@@ -84,6 +87,8 @@ class LabelSets(dict[bytes, LabelSet]):
         super().__init__()
         self._reserved = frozenset(reserved)
         self._known: dict[Labels, LabelSet] = {}
+        self.size = 0
+        """About how many bytes all of them took, also those that were forgotten."""
 
     def __missing__(self, text: bytes) -> LabelSet:
         pairs = pairs_of(text) if text else []
@@ -98,6 +103,7 @@ class LabelSets(dict[bytes, LabelSet]):
             is_as_written = pairs and renamed == tuple(pairs) and text[-2:-1] != b","
             spelled = b"{%b,%b" % (MARK, text) if is_as_written else _label_text(renamed)
             known = self._known[key] = LabelSet(renamed, key, spelled)
+            self.size += len(spelled) + BYTES_OF_A_LABEL * len(pairs)
         self[text] = known
         return known
 
