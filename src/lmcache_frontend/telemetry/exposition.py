@@ -39,7 +39,7 @@ MAX_SAMPLES: Final = 4_000_000
 MAX_PARTS: Final = 500_000
 MAX_LABEL_SETS: Final = 1_000_000
 MAX_LABEL_BYTES: Final = 256 * 2**20
-"""Of a merge: samples, families of each layout, label sets of each node and their text."""
+"""Of a merge: samples, families of each layout, label sets of each node, and about what those take."""
 MAX_KEPT_KEYS: Final = 16 * 2**20
 """Bytes of texts by which layouts are recognised."""
 PIECE: Final = 128 * 1024
@@ -148,8 +148,11 @@ class Merge:
         selecting = None
         if self._matchers is not None:
             selecting = tuple([matcher for matcher in self._matchers if matcher.matches_node(labels)])
-        layout, table, numbers = self._recognised((is_openmetrics, tuple(labels), selecting), lines)
-        label_bytes = sum([len(one.text) for one in table]) + len(table) * len(own)
+        names = tuple(labels)
+        label_sets = self._label_sets.setdefault(names, LabelSets(names))
+        size_before = label_sets.size
+        layout, table, numbers = self._recognised((is_openmetrics, names, selecting), lines)
+        label_bytes = label_sets.size - size_before + sum([len(one.text) for one in table]) + len(table) * len(own)
         self._held = self._held.and_(layout.samples, 0 if layout.nodes else len(layout.parts), len(table), label_bytes)
         if not layout.nodes:
             self._register(layout)
@@ -186,7 +189,7 @@ class Merge:
 
     def _outlined(self, variant: _Variant, prefixes: _Lines, words: _Lines) -> tuple[Layout, Table]:
         is_openmetrics, names, selecting = variant
-        label_sets = self._label_sets.setdefault(names, LabelSets(names))
+        label_sets = self._label_sets[names]
         if len(label_sets) > MAX_LINES:
             label_sets.clear()
         outline, table = outline_of(prefixes, label_sets)
@@ -291,7 +294,7 @@ def _lines(payload: bytes, openmetrics: bool | None) -> tuple[_Lines, bool]:
     Raises:
         ExpositionError: it is too long or not complete.
     """
-    if len(payload) > MAX_PAYLOAD or payload.count(b"\n") > MAX_LINES:
+    if len(payload) > MAX_LINES and (len(payload) > MAX_PAYLOAD or payload.count(b"\n") > MAX_LINES):
         raise ExpositionError(f"line 1: a text of more than {MAX_PAYLOAD} bytes or {MAX_LINES} lines")
     if b"\r\n" in payload:
         payload = payload.replace(b"\r\n", b"\n")
