@@ -119,7 +119,7 @@ async def test_one_that_is_no_frontend_is_a_node_itself(frontend_server: StartFr
         assert shown(frontend) == [name], "at once"
         _, answer = await ask(frontend, "/api/nodes")
         ((proxy, (child,)),) = [(proxy["name"], proxy["children"]) for proxy in answer["nodes"]]
-        assert (proxy, child["name"], child["port"]) == (name, name, upstream.port)
+        assert (proxy, child["name"], child["port"]) == (name, name, str(upstream.port))
         async with frontend.client.get(f"/proxy2/{name}/version") as response:
             assert response.status == 404
         assert any(head.startswith(b"GET /version ") for head in upstream.heads)
@@ -299,13 +299,15 @@ async def test_a_store_that_is_away(frontend_server: StartFrontend, monkeypatch:
     async with frontend.client.get("/heartbeat", params={**BEAT, "api_address": "http://127.0.0.1:2"}) as response:
         assert (response.status, response.headers["Retry-After"]) == (503, "5")
         assert (await response.json())["detail"] == "the heartbeat is not kept: the store is away"
+    assert list(frontend.server.cluster.discovery.problems) == ["the store is away"]
     frontend.server.cluster.discovery.reload()
-    await until(lambda: list(frontend.server.cluster.discovery.problems) == ["the store is away"])
+    await asyncio.sleep(0.2)
     assert (await ask(frontend, "/lmcache_infos"))[1]["processCount"] == 1
     assert shown(frontend) == ["proxy_127.0.0.1_1"]
     monkeypatch.setattr(Away, "away", False)
     assert (await beat(frontend, api_address="http://127.0.0.1:2"))[0] == 200
-    await until(lambda: list(frontend.server.cluster.discovery.problems) == [], 3)
+    frontend.server.cluster.discovery.reload()
+    await until(lambda: list(frontend.server.cluster.discovery.problems) == [])
 
 
 async def test_frontends_that_share_a_store_share_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ async def test_entries_that_cannot_be_used_are_told_and_the_others_taken(monkeyp
         async with running(source):
             await until(lambda: heads(known) == ["proxy_127.0.0.1_1"])
             assert len(source.problems) == 7
-            supplier.tell(*(f"{i}.{'x' * 400}\ud800" for i in range(100)))
+            supplier.tell(*(f"{i}.{'ü' * 400}" for i in range(100)))
             await until(lambda: source.problems[-1] == "and 80 entries more that cannot be used")
             assert len(source.problems) == 21
             assert all(len(problem) <= 300 and problem.isascii() for problem in source.problems)

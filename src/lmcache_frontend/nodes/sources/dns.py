@@ -25,7 +25,7 @@ from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.sources import Told
 from lmcache_frontend.nodes.sources.dns_names import DnsName, read_names, read_server
 from lmcache_shared.address import TcpAddress, tcp_address
-from lmcache_shared.errors import AddressError
+from lmcache_shared.errors import AddressError, OpsError
 
 SHORTEST_PAUSE_SECONDS = 1.0
 """Some servers answer with a TTL of 0: such a name is asked for once a second, not without end."""
@@ -48,7 +48,7 @@ MAX_PROBLEM_LENGTH = 300
 _BOTH = ("A", "AAAA")
 
 
-class _Unanswered(Exception):
+class _Unanswered(OpsError):
     """No server says anything of it; the text is one line."""
 
 
