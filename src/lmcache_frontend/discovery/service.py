@@ -18,7 +18,7 @@ from lmcache_frontend.nodes.found import MAX_FOUND, SCHEME, found_proxy, read_ap
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.sources import Told
 from lmcache_frontend.nodes.stores import Store, StoreAway
-from lmcache_shared.errors import AddressError
+from lmcache_shared.errors import AddressError, OpsError
 
 KEEP_SECONDS = 24 * 3600.0
 """How long a heartbeat is told of in `/lmcache_infos`, whose `?hour=` asks for hours back."""
@@ -63,7 +63,7 @@ class Beat:
     other_info: str
 
 
-class Full(Exception):
+class Full(OpsError):
     """As many frontends as are kept report at the moment."""
 
 
@@ -120,10 +120,9 @@ class DiscoveryService:
         while True:
             try:
                 await self._read()
-                self.problems = ()
+                self._note(None)
             except StoreAway as away:
-                self.problems = [str(away)]
-            self._told.tell(self.problems)
+                self._note(away)
             await asyncio.sleep(NEWS_SECONDS)
             unread = NEWS_SECONDS
             while not await self._is_news(LOOK_SECONDS) and unread < READ_SECONDS:
@@ -139,6 +138,10 @@ class DiscoveryService:
         except asyncio.TimeoutError:
             return False
         return True
+
+    def _note(self, away: StoreAway | None) -> None:
+        self.problems = () if away is None else [str(away)]
+        self._told.tell(self.problems)
 
     async def _read(self) -> None:
         self._news.clear()
@@ -160,7 +163,11 @@ class DiscoveryService:
 
     async def _report(self, address: str, report: Report, seconds: float) -> bool:
         text = msgspec.json.encode(report).decode()
-        return await self._store.report(address, text, keep_seconds=seconds, limit=MAX_FOUND)
+        try:
+            return await self._store.report(address, text, keep_seconds=seconds, limit=MAX_FOUND)
+        except StoreAway as away:
+            self._note(away)
+            raise
 
     async def _make_room(self, now: float) -> None:
         """Forget who has been silent for longest: a day's restarts in a cluster leave many addresses behind.

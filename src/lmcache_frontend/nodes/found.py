@@ -21,9 +21,10 @@ _MAX_LENGTH = len(SCHEME) + MAX_HOST_LENGTH + 10
 def found_proxy(where: TcpAddress) -> Proxy:
     """The proxy at an address, under the name that LMCache's frontend gives it.
 
-    An IPv6 address keeps its brackets (`proxy_[__1]_8000`): without them it could be another host's name.
+    Its port is a text, as there: that frontend's code takes this for granted of what ours tells it. An IPv6 address
+    keeps its brackets (`proxy_[__1]_8000`): without them it could be another host's name.
     """
-    return Proxy(f"proxy_{where}".replace(":", "_"), where.host, where.port, where, found=True)
+    return Proxy(f"proxy_{where}".replace(":", "_"), where.host, str(where.port), where, found=True)
 
 
 def read_api_address(text: str) -> TcpAddress:

@@ -25,7 +25,7 @@ from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.sources import Told
 from lmcache_frontend.nodes.sources.dns_names import DnsName, read_names, read_server
 from lmcache_shared.address import TcpAddress, tcp_address
-from lmcache_shared.errors import AddressError
+from lmcache_shared.errors import AddressError, OpsError
 
 SHORTEST_PAUSE_SECONDS = 1.0
 """Some servers answer with a TTL of 0: such a name is asked for once a second, not without end."""
@@ -41,11 +41,14 @@ NAME_SECONDS = 20.0
 """For a name with all the targets of its SRV records."""
 
 AT_ONCE = 16
+MAX_PROBLEMS = 3
+"""Of one name."""
+
 MAX_PROBLEM_LENGTH = 300
 _BOTH = ("A", "AAAA")
 
 
-class _Unanswered(Exception):
+class _Unanswered(OpsError):
     """No server says anything of it; the text is one line."""
 
 
@@ -79,7 +82,8 @@ class DnsSource:
 
     Args:
         names: as the option `dns` has them.
-        server: the server to ask; without one, those of `/etc/resolv.conf`, whose search list counts in any case.
+        server: the server to ask; without one, those of `resolv_conf`.
+        resolv_conf: its search list and `ndots` count in any case.
 
     Raises:
         ConfigError: a name or the server is none.
@@ -87,11 +91,14 @@ class DnsSource:
 
     name = "dns"
 
-    def __init__(self, names: Sequence[str], server: str | None, registry: Registry) -> None:
+    def __init__(
+        self, names: Sequence[str], server: str | None, registry: Registry, *, resolv_conf: str = "/etc/resolv.conf"
+    ) -> None:
         self._followed = [_Followed(name) for name in read_names(names)]
         self.place = ", ".join(followed.shown for followed in self._followed)
         self.problems: Sequence[str] = self._problems()
         self._server = read_server(server)
+        self._resolv_conf = resolv_conf
         self._registry = registry
         self._now = asyncio.Event()
         self._told = Told(self.name, self.place)
@@ -140,7 +147,7 @@ class DnsSource:
         except asyncio.TimeoutError:
             followed.problems = [f"not resolved within {NAME_SECONDS:g} seconds"]
         else:
-            followed.last, followed.problems = found, list(found.problems)[:3]
+            followed.last, followed.problems = found, sorted(found.problems)[:MAX_PROBLEMS]
             if found.addresses and not found.problems:
                 pause = min(max(found.ttl, SHORTEST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
         # Spread, never later than the answer's time: frontends that began together do not keep asking together.
@@ -157,18 +164,18 @@ class DnsSource:
         else:
             await round_.service(name.name)
         if not round_.found.answers:
-            raise _Unanswered("; ".join(round_.found.problems))
+            raise _Unanswered("; ".join(sorted(round_.found.problems)[:MAX_PROBLEMS]))
         return round_.found
 
     async def _resolver(self) -> dns.asyncresolver.Resolver:
-        """Made anew, as `/etc/resolv.conf` may have changed.
+        """Made anew, as `resolv_conf` may have changed.
 
         Raises:
             _Unanswered: there is no server to ask.
         """
         try:
             try:
-                resolver = await asyncio.to_thread(dns.asyncresolver.Resolver)
+                resolver = await asyncio.to_thread(dns.asyncresolver.Resolver, self._resolv_conf)
             except dns.resolver.NoResolverConfiguration:
                 if self._server is None:
                     raise
@@ -221,7 +228,7 @@ class _Round:
         except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer):
             texts = []
         except (dns.exception.DNSException, OSError, ValueError) as error:
-            self.found.problems[_line(error)] = None
+            self.found.problems[_why(error)] = None
             if (name, kind) not in self._last:
                 return []
             texts = self._last[name, kind]
@@ -237,6 +244,16 @@ def _text(record: object) -> str:
     if isinstance(target, dns.name.Name):
         return f"{getattr(record, 'port', 0)} {target.to_text()}"
     return str(getattr(record, "address", ""))
+
+
+def _why(error: Exception) -> str:
+    """Why there is no answer, in words that stay the same as long as the reason does."""
+    if isinstance(error, dns.exception.Timeout):
+        return f"no answer within {QUESTION_SECONDS:g} seconds"
+    if isinstance(error, dns.resolver.NoNameservers):
+        failures = {f"{server} answers {why}" for server, _, _, why, _ in error.kwargs.get("errors", ())}
+        return ascii("; ".join(sorted(failures)))[1:-1][:MAX_PROBLEM_LENGTH] or "no DNS server to ask"
+    return _line(error)
 
 
 def _line(error: Exception) -> str:
