@@ -143,13 +143,14 @@ class _Targets:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._read: tuple[Proxy, ...] = ()
+        self._read = -1
+        """The registry's revision of which this is the index."""
         self._found: dict[Address, dict[str, TargetLabels]] = {}
 
     def labels(self, address: Address, path: str) -> TargetLabels:
-        proxies = tuple(self._registry.proxies())
-        if proxies != self._read:
-            self._index(proxies)
+        if self._registry.revision != self._read:
+            self._read = self._registry.revision
+            self._index(list(self._registry.proxies()))
         by_prefix = self._found.get(address, {})
         rest = path.partition("?")[0]
         segments = rest.split("/", MAX_PREFIX_SEGMENTS + 1)[: MAX_PREFIX_SEGMENTS + 1]
@@ -159,8 +160,7 @@ class _Targets:
                 return found
         return OTHER
 
-    def _index(self, proxies: tuple[Proxy, ...]) -> None:
-        self._read = proxies
+    def _index(self, proxies: Sequence[Proxy]) -> None:
         self._found = {}
         for proxy in proxies:
             for node in proxy.nodes:
