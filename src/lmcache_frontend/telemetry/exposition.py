@@ -1,8 +1,20 @@
 """Many nodes' Prometheus texts as one: every family once, every sample with the labels of its node.
 
-Nodes of a cluster send the same lines with other numbers. A text is therefore split at its last blanks, and where
-another node has sent the same lines, only the numbers are looked at. Writing is one `replace` and one `%` for each
-family of each node: nothing is done for each sample but in C.
+Nodes of a cluster send the same lines with other numbers. A text is split at its lines' last blanks, and where another
+node has sent the same lines, only the numbers are looked at. Where only values of labels differ, the few label sets of
+the text are read too. Writing is one `%` for each family of each node. So nothing is done for each sample but in C.
+
+Measured with 200 texts of 57 KB, CPU time of one core for reading and writing (`benchmarks/metrics.py`; in brackets,
+when each node has a label value of its own):
+
+- 70 ms (180): this. 1,000 nodes take 5 times as long and 30 MiB (70).
+- 70 ms (430): a template for each layout with the label sets inside, filled by `replace` and `%`. Every node with
+  labels of its own was a new layout, and the garbage collector made 1,000 of them cost 3 s.
+- Cutting the lines with one expression for the whole text (`findall`, or `split` at the numbers) takes 130 to 190 us
+  for each text, `bytes.split` and `rpartition` take 80. An expression for each line takes another 170, and is only for
+  lines in another spelling.
+- Checking the numbers with one expression takes 28 us for each text; `float` and `translate` take as long, and find
+  numbers beyond a float too.
 """
 
 from __future__ import annotations
