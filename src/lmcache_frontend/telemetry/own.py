@@ -12,7 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -138,7 +138,7 @@ class ClusterHealth:
         role: the role, such as `worker`, of a proxy's node, by the names of both.
     """
 
-    states: Callable[[], Mapping[str, int]] | None = None
+    states: Callable[[], Mapping[Any, int]] | None = None
     role: Callable[[str, str], str | None] = field(default=lambda proxy, node: None)
 
 
@@ -257,7 +257,7 @@ class OwnMetrics:
         self._forget_the_gone()
         return text.encode() + generate_latest(_WithoutCreated(self._registry))
 
-    def _states(self) -> Mapping[str, int]:
+    def _states(self) -> Mapping[Any, int]:
         if self._health.states is not None:
             return self._health.states()
         return {UNKNOWN: sum(1 for _ in self._nodes.nodes())}
