@@ -411,7 +411,7 @@ def test_refusals_name_the_line_and_leave_no_trace(payload: bytes, reason: str) 
 
 
 def test_a_merge_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    most = exposition._Held(samples=6, parts=3, label_sets=4, label_bytes=10_000)
+    most = exposition._Held(samples=6, parts=3, label_sets=4, label_bytes=15_000)
     monkeypatch.setattr(exposition, "_MOST", most)
     for text, name in (
         (b"".join(b'x{a="%d"} 1\n' % (n % 2) + b'y{a="%d"} 1\n' % (n % 2) for n in range(2)), "samples"),

@@ -28,6 +28,9 @@ from .lines import (
 MARK: Final = b"\xff"
 """Stands in a label set's text for the node's labels: no UTF-8 text has this byte."""
 
+BYTES_OF_A_LABEL: Final = 250
+"""What a short label takes as Python objects; measured."""
+
 Labels = tuple[tuple[str, str], ...]
 Selects = Callable[[str, Mapping[str, str]], bool]
 
@@ -47,9 +50,9 @@ class LabelSet:
 
     __slots__ = ("canonical", "group", "numbers", "pairs", "same", "text", "words")
 
-    def __init__(self, pairs: Labels, key: Labels) -> None:
+    def __init__(self, pairs: Labels, key: Labels, text: bytes) -> None:
         self.pairs = pairs
-        self.text = self.canonical = _label_text(pairs)
+        self.text = self.canonical = text
         self.group = self.same = key
         """What all samples of one histogram or summary have in common; what is equal if the numbers are."""
         self.numbers: tuple[str, ...] = ()
@@ -60,7 +63,8 @@ class LabelSet:
             self.words = tuple([name for name, _ in bounds if name not in self.numbers])
             self.group = tuple([pair for pair in key if pair not in bounds])
             spelled = {name: _spelled(value) for name, value in bounds if name in self.numbers}
-            self.canonical = _label_text([(name, spelled.get(name, value)) for name, value in pairs])
+            if spelled.items() - bounds:
+                self.canonical = _label_text([(name, spelled.get(name, value)) for name, value in pairs])
             self.same = (*self.group, *spelled.items())
 
 
@@ -83,20 +87,24 @@ class LabelSets(dict[bytes, LabelSet]):
         super().__init__()
         self._reserved = frozenset(reserved)
         self._known: dict[Labels, LabelSet] = {}
+        self.size = 0
+        """About how many bytes all of them took, also those that were forgotten."""
 
     def __missing__(self, text: bytes) -> LabelSet:
         pairs = pairs_of(text) if text else []
         if pairs is None:
             raise ExpositionError(f"labels cannot be read: {shown(b'{' + text)}")
-        found = self[text] = self._of(pairs)
-        return found
-
-    def _of(self, pairs: Sequence[tuple[str, str]]) -> LabelSet:
-        renamed = tuple(exported(pairs, self._reserved))
-        key = tuple(sorted(pair for pair in renamed if pair[1]))  # an empty label is none
+        renamed = tuple(pairs)
+        if not self._reserved.isdisjoint([name for name, _ in pairs]):
+            renamed = tuple(exported(pairs, self._reserved))
+        key = tuple(sorted([pair for pair in renamed if pair[1]]))  # an empty label is none
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = LabelSet(renamed, key)
+            is_as_written = pairs and renamed == tuple(pairs) and text[-2:-1] != b","
+            spelled = b"{%b,%b" % (MARK, text) if is_as_written else _label_text(renamed)
+            known = self._known[key] = LabelSet(renamed, key, spelled)
+            self.size += len(spelled) + BYTES_OF_A_LABEL * len(pairs)
+        self[text] = known
         return known
 
     def clear(self) -> None:
