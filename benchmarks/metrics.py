@@ -6,6 +6,8 @@
 - With LMCache's Python also `GET /metrics` of our frontend beside LMCache's bundled dashboard, on the same nodes:
   servers on Unix sockets in another process, which answer with a text that is there already. The requests take turns;
   what is told is the ratio within a pair.
+- `GET /metrics` of our frontend before a whole fleet: how long it takes, the most memory that the frontend ever had,
+  and how long a `GET /health` waits at most meanwhile.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import signal
 import socket
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,6 +49,7 @@ TEXT_BYTES = 57_000
 SIZES = (10, 50, 200, 1000)
 RANKS = 8
 READY_SECONDS = 60.0
+OURS = (sys.executable, "-m", "lmcache_frontend")
 MERGE_HEADS = ("nodes", "MB", "add ms", "write ms", "us a node", "MB out", "grown MiB")
 
 Numbers = dict[str, float]
@@ -58,6 +62,7 @@ def main() -> int:
     python = os.environ.get("LMCACHE_PYTHON")
     parser.add_argument("--lmcache-python", default=python, help="with LMCache: its bundled dashboard is the peer")
     count_option(parser, "--nodes", 200, 1000, "nodes that are asked end to end")
+    count_option(parser, "--fleet", 1000, 1000, "nodes that our frontend alone is asked for")
     count_option(parser, "--pairs", 5, 100, "requests to each side")
     return run("benchmarks/metrics.py", parser, measure)
 
@@ -69,6 +74,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for title, ranks in (("eight ranks", RANKS), ("a label of its own for each node", 0)):
         numbers[title] = [measure_merge(size, ranks) for size in SIZES]
         print(f"\nthe merge alone, {title}\n{merge_text(numbers[title])}", flush=True)
+    numbers["fleet"] = measure_fleet(options.fleet, options.pairs)
+    print(f"\n{options.fleet} nodes end to end\n{fleet_text(numbers['fleet'])}", flush=True)
     if options.lmcache_python:
         numbers["requests"] = measure_requests(options.lmcache_python, options.nodes, options.pairs)
         rows = [["GET /metrics, s", *ratio_cells(numbers["requests"]["ours"], numbers["requests"]["peer"], 3)]]
@@ -125,9 +132,9 @@ def merge_once(size: str, ranks: str) -> int:
     return 0
 
 
-def resident() -> int:
-    """The most that this process ever had, in KiB."""
-    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+def resident(pid: int | str = "self") -> int:
+    """The most memory that a process ever had, in KiB."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
     return int(found[1]) if found else 0
 
@@ -175,16 +182,14 @@ def _template_text() -> bytes:
 
 def measure_requests(python: str, count: int, pairs: int) -> dict[str, list[float]]:
     with short_folder() as folder:
-        sockets = [str(folder / f"n{number}") for number in range(count)]
-        listed = [{"name": f"n{number}", "host": "localhost", "port": path} for number, path in enumerate(sockets)]
-        nodes = json.dumps(listed)
+        nodes = list_of_nodes(folder, count)
         peer = [python, "-m", "lmcache.lmcache_frontend.app"]
         with (
             Child.started(
                 [sys.executable, __file__, "serve", str(folder), str(count)], log=folder / "nodes.log"
             ) as host,
-            frontend([sys.executable, "-m", "lmcache_frontend"], nodes, folder / "ours.log") as ours,
-            frontend(peer, nodes, folder / "peer.log") as theirs,
+            frontend(OURS, nodes, folder / "ours.log") as (ours, _),
+            frontend(peer, nodes, folder / "peer.log") as (theirs, _),
         ):
             host.line()
             sides = {"ours": ours, "peer": theirs}
@@ -201,6 +206,70 @@ def measure_requests(python: str, count: int, pairs: int) -> dict[str, list[floa
     return seconds
 
 
+def list_of_nodes(folder: Path, count: int) -> str:
+    return json.dumps([{"name": f"n{n}", "host": "localhost", "port": str(folder / f"n{n}")} for n in range(count)])
+
+
+def measure_fleet(count: int, times: int) -> dict[str, list[float]]:
+    """Seconds of each scrape, plain and compressed in turns; seconds of the slowest other request beside it; KiB."""
+    numbers: dict[str, list[float]] = {"identity": [], "gzip": [], "waited": [], "memory": []}
+    with short_folder() as folder:
+        serving = [sys.executable, __file__, "serve", str(folder), str(count)]
+        with (
+            Child.started(serving, log=folder / "nodes.log") as host,
+            frontend(OURS, list_of_nodes(folder, count), folder / "ours.log") as (client, child),
+        ):
+            host.line()
+            check_same_samples({"ours": get(client, "/metrics")}, count)
+            for number in range(times):
+                progress(f"the fleet, {number + 1} of {times}")
+                for encoding in ("identity", "gzip"):
+                    with others_waiting(client) as waited:
+                        began = time.perf_counter()
+                        client.request("GET", "/metrics", headers={"Accept-Encoding": encoding})
+                        client.getresponse().read()
+                        numbers[encoding].append(time.perf_counter() - began)
+                    numbers["waited"].append(max(waited))
+            numbers["memory"].append(resident(child.pid))
+    return numbers
+
+
+@contextlib.contextmanager
+def others_waiting(client: http.client.HTTPConnection) -> Iterator[list[float]]:
+    """How long each `GET /health` takes that a thread makes meanwhile, one after the other."""
+    waited: list[float] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        with contextlib.closing(http.client.HTTPConnection(client.host, client.port, timeout=READY_SECONDS)) as other:
+            while not over.wait(0.002):
+                began = time.perf_counter()
+                get(other, "/health")
+                waited.append(time.perf_counter() - began)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield waited
+    finally:
+        over.set()
+        thread.join()
+
+
+def fleet_text(numbers: dict[str, list[float]]) -> str:
+    rows = [
+        ["GET /metrics, s", *_middle_and_most(numbers["identity"])],
+        ["GET /metrics with gzip, s", *_middle_and_most(numbers["gzip"])],
+        ["the slowest GET /health beside it, ms", *_middle_and_most([1000 * one for one in numbers["waited"]], 0)],
+        ["memory of the frontend, MiB", "", f"{numbers['memory'][0] / 1024:.0f}"],
+    ]
+    return table_text(["", "median", "most"], rows)
+
+
+def _middle_and_most(values: Sequence[float], digits: int = 2) -> list[str]:
+    return [f"{statistics.median(values):.{digits}f}", f"{max(values):.{digits}f}"]
+
+
 def check_same_samples(texts: dict[str, bytes], count: int) -> None:
     """
     Raises:
@@ -214,8 +283,8 @@ def check_same_samples(texts: dict[str, bytes], count: int) -> None:
 
 
 @contextlib.contextmanager
-def frontend(command: Sequence[str], nodes: str, log: Path) -> Iterator[http.client.HTTPConnection]:
-    """A connection to a frontend that has just started."""
+def frontend(command: Sequence[str], nodes: str, log: Path) -> Iterator[tuple[http.client.HTTPConnection, Child]]:
+    """A connection to a frontend that has just started, and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -232,7 +301,7 @@ def frontend(command: Sequence[str], nodes: str, log: Path) -> Iterator[http.cli
                     raise child.ended() from None
                 time.sleep(0.1)
         with contextlib.closing(client):
-            yield client
+            yield client, child
 
 
 def serve(folder: str, count: str) -> int:

@@ -227,6 +227,13 @@ def test_values_of_a_nodes_labels() -> None:
         merge.add({"a-b": "c"}, b"")
 
 
+def test_the_frontends_own_text_has_no_labels_of_a_node() -> None:
+    merge = merged(b"x 1\n")
+    assert merge.add({}, b'x{node="a",b="%"} 2\nx 3\n') == 2
+    assert written(merge).splitlines()[2:] == ['x{node="a",b="%"} 2', "x 3"]
+    assert written(merge, openmetrics=True).splitlines()[2:] == ['x{node="a",b="%"} 2', "x 3", "# EOF"]
+
+
 def test_a_node_twice() -> None:
     merge = merged(b"x 1\n")
     with pytest.raises(ExpositionError, match="already"):

@@ -79,7 +79,7 @@ FAMILIES: Mapping[str, Family] = {
             f"{PREFIX}type_conflicts",
             "gauge",
             (),
-            "Families that nodes send with different types; those of one type alone are told.",
+            "Families that nodes send with different types; the rarer one is told under another name.",
         ),
         Family(f"{PREFIX}nodes", "gauge", ("state",), "Nodes by their state."),
         Family(f"{PREFIX}build_info", "gauge", ("version", "python"), "The frontend's version, and its Python's."),

@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -187,17 +187,13 @@ class Scraper:
         merge = Merge(matchers=matchers or None)
         run = _Run(merge, self._pool, shared, wanted.seconds)
         # Those that failed last time come last: they wait for others, and others not for them.
-        tasks = {
-            leaf: asyncio.create_task(run.scrape(leaf), name="scrape of a node")
-            for leaf in sorted(wanted.leaves, key=lambda leaf: (leaf.proxy, leaf.node.name) in self._problems)
-        }
+        places = range(len(wanted.leaves))
+        line = sorted(places, key=lambda i: (wanted.leaves[i].proxy, wanted.leaves[i].node.name) in self._problems)
         try:
-            outcomes = dict(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
+            outcomes = await run.scrape_all([wanted.leaves[i] for i in line])
         finally:
-            for task in tasks.values():
-                task.cancel()
             await run.close()
-        in_order = [outcomes[leaf] for leaf in wanted.leaves]
+        in_order = [outcome for _, outcome in sorted(zip(line, outcomes, strict=True), key=lambda pair: pair[0])]
         self._note(in_order, are_all=wanted.tells_own and bool(in_order))
         conflicts = merge.conflicts
         text = await self.in_thread(lambda: self._describe(wanted, in_order, conflicts))
@@ -277,26 +273,51 @@ class _Run:
         self._shared = shared
         self._seconds = seconds
         self._until = time.monotonic() + seconds
-        self._turns = asyncio.Semaphore(SCRAPES_AT_ONCE)
+        self._line: Iterator[tuple[int, Leaf]] = iter(())
+        self._outcomes: dict[int, Outcome] = {}
+        self._workers: set[asyncio.Task[None]] = set()
         self._merging = asyncio.Lock()
         self._targets: dict[Address, Target] = {}
 
-    async def scrape(self, leaf: Leaf) -> Outcome:
+    async def scrape_all(self, leaves: Sequence[Leaf]) -> list[Outcome]:
+        """Their outcomes, in their order."""
+        self._line = iter(enumerate(leaves))
+        for _ in range(min(SCRAPES_AT_ONCE, len(leaves))):
+            self._start_worker()
+            await asyncio.sleep(0)  # connecting to all of them at once would hold the event loop
+        while self._workers:
+            done, _ = await asyncio.wait(self._workers)
+            self._workers -= done
+            for worker in done:
+                worker.result()
+        return [self._outcomes[number] for number in range(len(leaves))]
+
+    def _start_worker(self) -> None:
+        self._workers.add(asyncio.create_task(self._work(), name="scrape nodes"))
+
+    async def _work(self) -> None:
+        """Node after node, until there are no more or one takes so long that another worker has been started."""
+        for number, leaf in self._line:
+            turn = _Turn(self._seconds / TURNS, self._start_worker)
+            self._outcomes[number] = await self._scrape(leaf, turn)
+            if turn.is_given_up:
+                return
+
+    async def _scrape(self, leaf: Leaf, turn: _Turn) -> Outcome:
         """A node's outcome; nothing that the node does is raised."""
-        clock = _Clock()
+        seconds = self._until - time.monotonic()
+        if seconds <= 0:
+            return Outcome(leaf, problem="not asked within the time for all nodes")
         body = b""
         try:
-            body = await asyncio.wait_for(self._fetch_in_turn(leaf.node, clock), self._until - time.monotonic())
-            samples = await self.merge_in(leaf.labels, body)
-            return Outcome(leaf, clock.seconds(), len(body), samples)
+            with turn:
+                body = await asyncio.wait_for(self._fetch(leaf.node), seconds)
+            return Outcome(leaf, turn.seconds, len(body), await self.merge_in(leaf.labels, body))
         except asyncio.TimeoutError:
-            late = f"no answer within {self._seconds:g} seconds"
-            if not clock.began:
-                late = "not asked within the time for all nodes"
-            return Outcome(leaf, clock.seconds(), problem=late)
+            return Outcome(leaf, turn.seconds, problem=f"no answer within {self._seconds:g} seconds")
         except (ScrapeError, ExpositionError, aiohttp.ClientError, OSError, ValueError, Refusal) as error:
             self._shared.give_back(len(body))
-            return Outcome(leaf, clock.seconds(), len(body), problem=_problem(error))
+            return Outcome(leaf, turn.seconds, len(body), problem=_problem(error))
 
     async def merge_in(self, labels: dict[str, str], body: bytes) -> int:
         """Into the merge, one at a time, with a turn of the event loop between two; the number of its samples."""
@@ -307,14 +328,6 @@ class _Run:
             samples = self._merge.add(labels, body)
             await asyncio.sleep(0)
             return samples
-
-    async def _fetch_in_turn(self, node: Node, clock: _Clock) -> bytes:
-        async with _Turn(self._turns, self._seconds / TURNS):
-            clock.start()
-            try:
-                return await self._fetch(node)
-            finally:
-                clock.stop()
 
     async def _fetch(self, node: Node) -> bytes:
         """Raises:
@@ -343,49 +356,36 @@ class _Run:
         return bytes(body)
 
     async def close(self) -> None:
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
         for target in self._targets.values():
             await target.session.close()
 
 
-class _Clock:
-    """How long a node took; the time in which it waited for its turn does not count."""
-
-    def __init__(self) -> None:
-        self.began = 0.0
-        self._ended = 0.0
-
-    def start(self) -> None:
-        self.began = time.monotonic()
-
-    def stop(self) -> None:
-        self._ended = time.monotonic()
-
-    def seconds(self) -> float:
-        return max(0.0, self._ended - self.began)
-
-
 class _Turn:
-    """A place among those that are asked at once; it is given up when the patience ends, needed or not."""
+    """A node's turn: how long it takes, and that somebody hears of it when that is longer than the patience."""
 
-    def __init__(self, turns: asyncio.Semaphore, patience: float) -> None:
-        self._turns = turns
+    def __init__(self, patience: float, give_up: Callable[[], None]) -> None:
+        self.seconds = 0.0
+        self.is_given_up = False
         self._patience = patience
-        self._timer: asyncio.TimerHandle | None = None
+        self._tell = give_up
+        self._began = 0.0
 
-    async def __aenter__(self) -> None:
-        await self._turns.acquire()
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
         self._timer = asyncio.get_running_loop().call_later(self._patience, self._give_up)
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._give_up()
+        self._timer.cancel()
+        self.seconds = time.monotonic() - self._began
 
     def _give_up(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-            self._turns.release()
+        self.is_given_up = True
+        self._tell()
 
 
 async def _plain_pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
