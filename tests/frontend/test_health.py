@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend.nodes.node import Node, Proxy
@@ -243,6 +244,28 @@ async def test_what_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
                 waiting.setblocking(False)
                 waiting.connect_ex(("127.0.0.1", port))
             assert await problem_of(TcpAddress("127.0.0.1", port)) == "NoAnswer: no connection within 0.2 seconds"
+
+
+def test_a_node_that_hangs_up_before_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the loop of the program: there nothing can be written to a connection that is gone."""
+    connect = client._connect
+
+    async def late(address: Address, found: list[names.AddressInfo], reader: client._Reader) -> None:
+        await connect(address, found, reader)
+        await asyncio.sleep(0.05)  # this process is busy
+
+    monkeypatch.setattr(client, "_connect", late)
+
+    async def at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+
+    async def ask_often() -> set[str]:
+        async with serving(Upstream(talk=at_once)) as upstream:
+            address = TcpAddress("127.0.0.1", upstream.port)
+            return {await problem_of(address) for _ in range(3)}
+
+    told = {"NoAnswer: hangs up without an answer", "NoAnswer: Connection reset by peer"}
+    assert uvloop.run(ask_often()) <= told
 
 
 async def test_what_lies_on_this_side_is_no_fault_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
