@@ -1,8 +1,8 @@
 """A process of `health.py`: the nodes that are checked, or the peer that checks them.
 
 `health_host.py nodes FOLDER COUNT` serves so many nodes, every second one on a Unix socket, the others on TCP ports,
-and answers each line on standard input with the number of requests so far. `health_host.py peer FILE INTERVAL` asks each
-node of the file with a client of its own, as the frontend did once. Both end with their standard input.
+and answers each line on standard input with the number of requests so far. `health_host.py peer FILE INTERVAL` asks
+each node of the file with a client of its own, as the frontend did once. Both end with their standard input.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class _Reader(asyncio.Protocol):
         self._pieces: list[bytes] = []
 
     def send(self, request: bytes) -> None:
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():  # uvloop raises where it is
             self._transport.write(request)
 
     def end(self) -> None:

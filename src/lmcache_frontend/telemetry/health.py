@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import random
 import re
 import time
@@ -29,10 +30,14 @@ __all__ = ["HealthBoard", "NodeHealth"]
 
 logger = logging.getLogger(__name__)
 
-CHECKS_AT_ONCE = 256
+CHECKS_AT_ONCE = 96
+"""Fewer than what fits into a server's line: many nodes may lie behind one frontend."""
 
 FAILING_AT_ONCE = 192
-"""Of these; nodes that hang may not delay the checks of nodes that answer."""
+"""Of nodes that failed last time, beside the others: when they hang they delay no check of a node that answers."""
+
+TICK_SECONDS = 0.1
+"""Checks begin at multiples of this: most of what one costs is waking up for it, and a few share that."""
 
 LOOK_SECONDS = 1.0
 """How often the registry is looked at for nodes that came or went."""
@@ -206,7 +211,7 @@ class HealthBoard:
     def _begin(self) -> None:
         """Begin as many of the waiting checks as there is room for."""
         for failing, lane in enumerate(self._lanes):
-            while lane.waiting and lane.running < lane.room and len(self._tasks) < CHECKS_AT_ONCE:
+            while lane.waiting and lane.running < lane.room:
                 watched = lane.waiting.popleft()
                 if watched.stopped:
                     continue
@@ -223,8 +228,9 @@ class HealthBoard:
         if not watched.stopped:
             self._settle(watched)
             seconds = pause(self._interval, watched.health, watched.phase if watched.checks == 1 else None)
-            delay = max(0.0, watched.due + seconds - time.monotonic())
-            watched.timer = asyncio.get_running_loop().call_later(delay, self._due, watched)
+            now = time.monotonic()
+            moment = math.ceil(max(now, watched.due + seconds) / TICK_SECONDS) * TICK_SECONDS
+            watched.timer = asyncio.get_running_loop().call_later(moment - now, self._due, watched)
         self._begin()
 
     async def _check(self, watched: _Watched) -> None:
