@@ -21,7 +21,7 @@ from lmcache_frontend.discovery.heartbeat import Heartbeat
 from lmcache_frontend.discovery.service import DiscoveryService, Report, _report_of, _startup_time
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.stores import StoreAway
-from lmcache_frontend.nodes.stores.memory import MemoryStore
+from lmcache_frontend.nodes.stores.memory import MemoryStore, Reports
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from tests.frontend.discovery import discovery_service
 from tests.frontend.upstream import Upstream, serving
@@ -308,6 +308,24 @@ async def test_a_store_that_is_away(frontend_server: StartFrontend, monkeypatch:
     assert (await beat(frontend, api_address="http://127.0.0.1:2"))[0] == 200
     frontend.server.cluster.discovery.reload()
     await until(lambda: list(frontend.server.cluster.discovery.problems) == [])
+
+
+async def test_nobody_counts_as_silent_because_the_store_was_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in {"ALIVE_SECONDS": 0.3, "BACK_SECONDS": 0.8, "LOOK_SECONDS": 0.05, "NEWS_SECONDS": 0.05,
+                          "READ_SECONDS": 0.1}.items():  # fmt: skip
+        monkeypatch.setattr(module, name, seconds)
+    store = Away()
+    async with following(store) as (service, known):
+        await service.keep(a_beat())
+        store.away = True
+        with pytest.raises(StoreAway):
+            await service.keep(a_beat("http://127.0.0.1:2"))
+        await asyncio.sleep(1.2)
+        assert heads(known) == ["proxy_127.0.0.1_1"]
+        store.away, store._reports = False, Reports()
+        await asyncio.sleep(0.4)
+        assert heads(known) == ["proxy_127.0.0.1_1"], "it may not have come to report again"
+        await until(lambda: heads(known) == [], 2)
 
 
 async def test_frontends_that_share_a_store_share_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,9 @@ KEEP_SECONDS = 24 * 3600.0
 ALIVE_SECONDS = 100.0
 """Who is silent for longer is no longer a proxy here: frontends report every 30 seconds, so three were missed."""
 
+BACK_SECONDS = 200.0
+"""So long after the store was away nobody counts as silent for it: who was refused reports again within 3 minutes."""
+
 LOOK_SECONDS = 5.0
 """How often it is looked who is silent."""
 
@@ -84,6 +87,9 @@ class DiscoveryService:
         self._store = store
         self._reports: dict[str, Report] = {}
         self._alive: frozenset[str] = frozenset()
+        self._pardoned_until = 0.0
+        self._last_heard = 0.0
+        """Who was heard of after this is pardoned."""
         self._news = asyncio.Event()
         self._told = Told(self.name, self.place)
 
@@ -140,6 +146,11 @@ class DiscoveryService:
         return True
 
     def _note(self, away: StoreAway | None) -> None:
+        now = time.time()
+        if away is not None:
+            if now >= self._pardoned_until:
+                self._last_heard = now - ALIVE_SECONDS
+            self._pardoned_until = now + BACK_SECONDS
         self.problems = () if away is None else [str(away)]
         self._told.tell(self.problems)
 
@@ -153,11 +164,14 @@ class DiscoveryService:
                 found[address] = report
         # What came while the store was read may not be in its answer yet.
         late = {address: report for address, report in self._reports.items() if report.reported >= began}
-        self._reports = {**found, **late}
+        # A store that was away may have lost what it had.
+        before = self._reports if began < self._pardoned_until else {}
+        self._reports = {**before, **found, **late}
         self._publish()
 
     def _publish(self) -> None:
-        alive = self.since(ALIVE_SECONDS)
+        now = time.time()
+        alive = self.since(ALIVE_SECONDS if now >= self._pardoned_until else now - self._last_heard)
         self._alive = frozenset(alive)
         self._registry.publish(self.name, [found_proxy(read_api_address(address)) for address in alive], lasting=True)
 
