@@ -97,7 +97,8 @@ class LabelSets(dict[bytes, LabelSet]):
         renamed = tuple(pairs)
         if not self._reserved.isdisjoint([name for name, _ in pairs]):
             renamed = tuple(exported(pairs, self._reserved))
-        key = tuple(sorted([pair for pair in renamed if pair[1]]))  # an empty label is none
+        renamed = tuple([pair for pair in renamed if pair[1]])  # an empty label is none, and is not written
+        key = tuple(sorted(renamed))
         known = self._known.get(key)
         if known is None:
             is_as_written = pairs and renamed == tuple(pairs) and text[-2:-1] != b","
