@@ -268,6 +268,9 @@ def test_names_that_one_type_forbids_another() -> None:
     merge = merged(histogram, histogram, b"# TYPE x_count gauge\nx_count 1\n", b"# TYPE x_total counter\nx_total 1\n")
     assert merge.conflicts == 1 and "x_count_as_gauge{#2} 1" in plain(merge)
     check(written(merge))
+    fewer = merged(b"# TYPE x_count gauge\nx_count 1\n", b"# TYPE x_count gauge\nx_count 1\n", histogram)
+    assert fewer.conflicts == 1 and "x_count{#1} 1" in plain(fewer) and "x_as_histogram_count{#2} 3" in plain(fewer)
+    check(written(fewer))
     text = written(merge, openmetrics=True)
     openmetrics_samples(text)
     assert "# TYPE x_total unknown\n" in text, "a histogram is named x already"
@@ -334,6 +337,29 @@ def test_samples_of_one_metric_are_together_in_openmetrics() -> None:
     ]
     merge = merged("\n".join(["# TYPE h histogram", *lines, ""]).encode())
     assert [line.replace("#0,", "") for line in plain(merge)[1:]] == lines
+    assert openmetrics_samples(written(merge, openmetrics=True)) == text_samples(written(merge))
+
+
+def test_labels_of_one_number_that_mean_something_else() -> None:
+    """Layouts are recognised by their label sets' number, not by what is in them: what is in them may forbid it."""
+
+    def text(*bounds: str) -> bytes:
+        return b"# TYPE h histogram\n" + b"".join(f'h_bucket{{le="{bound}"}} 1\n'.encode() for bound in bounds)
+
+    for bounds, reason in ((("2.0", "2"), "twice"), (("2", "many"), "le has to be")):
+        merge = merged(text("1", "+Inf"))
+        merge.add(node("other"), text("2", "+Inf"))
+        with pytest.raises(ExpositionError, match=f"line 3: .*{reason}"):
+            merge.add(node("wrong"), text(*bounds))
+    metrics = [
+        "".join(
+            f'h_{suffix}{{a="{a}"{bound}}} 1\n'
+            for suffix, bound in (("bucket", ',le="+Inf"'), ("count", ""), ("sum", ""))
+            for a in ("12" if bound else order)
+        )
+        for order in ("12", "21")
+    ]
+    merge = merged(*[b"# TYPE h histogram\n" + metric.encode() for metric in metrics])
     assert openmetrics_samples(written(merge, openmetrics=True)) == text_samples(written(merge))
 
 
@@ -453,6 +479,7 @@ def test_matchers() -> None:
         'b{#1,exported_node="own"} 3',
     ]
     assert plain(merged(text, matchers=['{exported_node=~"o.*"}'])) == ["# TYPE b gauge", 'b{#0,exported_node="own"} 3']
+    assert plain(merged(b'a{x="1"} 1\n', b'a{x="2"} 1\n', matchers=['a{x="2"}']))[1:] == ['a{#1,x="2"} 1']
     assert plain(merged(text, matchers=[])) == [] == plain(merged(text, matchers=['a{node="n1"}']))
     with pytest.raises(ExpositionError):
         merged(text + b"a", matchers=['b{node="n1"}'])

@@ -356,6 +356,7 @@ class _Run:
         return bytes(body)
 
     async def close(self) -> None:
+        self._until = 0.0  # up to Python 3.11 `wait_for` can forget that its caller was cancelled: no further node
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
