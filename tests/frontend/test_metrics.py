@@ -330,6 +330,23 @@ async def test_two_who_ask_at_once_share_one_round(frontend_server: StartFronten
         assert frontend.server._runner.app[SCRAPER]._rounds == {}
 
 
+async def test_a_slow_reader_keeps_its_own_round_and_nobody_gets_it_later(frontend_server: StartFrontend) -> None:
+    body = b"".join(b'large_total{number="%d"} 1\n' % i for i in range(150_000))
+    async with serving(Upstream(answer(body))) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node])
+        scraper = frontend.server._runner.app[SCRAPER]
+        async with frontend.client.get("/metrics", headers={"Accept-Encoding": "identity"}):  # and reads nothing yet
+            assert (len(upstream.heads), len(scraper._held), scraper._rounds) == (1, 1, {})
+            await scraped(frontend)
+            assert len(upstream.heads) == 2
+            assert scraper._room._free < scrape.MAX_BYTES
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            if not scraper._held:
+                break
+        assert scraper._room._free == scrape.MAX_BYTES
+
+
 async def test_one_who_leaves_does_not_take_the_round_along(frontend_server: StartFrontend) -> None:
     async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream.heads.append(await reader.readuntil(b"\r\n\r\n"))
@@ -479,7 +496,7 @@ def test_series_of_nodes_that_are_gone_end() -> None:
     metrics = OwnMetrics(registry, ClusterHealth())
     metrics._requests.labels("gone", "local_proxy", "2xx").inc()
     metrics._requests.labels(*OTHER, "2xx").inc()
-    text = metrics.describe(scrape.Wanted((), (), 1, True), [], 0).decode()
+    text = metrics.describe(scrape.Wanted((), (), 1, True), [], 0)().decode()
     assert 'node="gone"' not in text
     assert value_of(text, "lmcache_frontend_proxy_requests_total", node="other", proxy="", code="2xx") == 1
 
