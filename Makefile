@@ -47,7 +47,7 @@ bench: $(VENV)/.bench  ## measure beside FastAPI and uvicorn
 
 bench-lmcache: $(VENV)/.run  ## install the real LMCache beside the project (cached) and measure beside its own server
 	@LMCACHE_PYTHON=$$(tools/install_lmcache.sh $(PYTHON)) && export LMCACHE_PYTHON && \
-	  $(BIN)/python benchmarks/engine.py && $(BIN)/python benchmarks/operations.py
+	  $(BIN)/python benchmarks/engine.py && $(BIN)/python benchmarks/operations.py && $(BIN)/python benchmarks/metrics.py
 
 wheel: $(VENV)/.run  ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -26,7 +26,7 @@ WRITE_SECONDS = 0.5
 WRITE_SECONDS_PER_NODE = 0.002
 """Of Prometheus' time, what is kept for writing the answer; at most half of it."""
 
-SEND_SECONDS = 60.0
+SEND_SECONDS = 30.0
 """A caller who has not taken the whole answer by then is cut off: it is held in memory for it."""
 
 NO_NODE = ""
@@ -68,7 +68,7 @@ async def metrics(request: web.Request) -> web.StreamResponse:
     scraper = request.app[SCRAPER]
     async with scraper.round(wanted) as result:
         await response.prepare(request)
-        pieces = _larger(result.merge.write(openmetrics=openmetrics))
+        pieces = _larger(result.write(openmetrics=openmetrics))
         timer = asyncio.get_running_loop().call_later(SEND_SECONDS, _cut_off, request)
         try:
             if gzip:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from aiohttp import web
@@ -225,31 +225,41 @@ class OwnMetrics:
             if error is not None:
                 self._errors.labels(*target, error).inc()
 
-    def describe(self, wanted: Wanted, outcomes: Sequence[Outcome], conflicts: int) -> bytes:
-        """The frontend's part of a round's exposition; where nodes were chosen, that of their scrapes alone.
+    def describe(self, wanted: Wanted, outcomes: Sequence[Outcome], conflicts: int) -> Callable[[], bytes]:
+        """Writes the frontend's part of a round's exposition; where nodes were chosen, that of their scrapes alone.
 
-        A job that asks for a few nodes and one that asks for others would tell everything else twice.
+        A job that asks for a few nodes and one that asks for others would tell everything else twice. What is not this
+        object's own is read now, so that a thread may write.
         """
-        text = b"".join(_of_scrapes(outcomes)).decode("utf-8", "replace")
         if not wanted.tells_own:
-            return text.encode()
-        states = self._health.counts()
+            return lambda: b"".join(_of_scrapes(outcomes))
         build = {"version": VERSION, "python": platform.python_version()}
-        text += _family("type_conflicts", [({}, conflicts)])
-        text += _family("nodes", [({"state": state}, count) for state, count in states.items()])
-        text += _family("build_info", [(build, 1)])
-        self._forget_the_gone()
-        return text.encode() + generate_latest(_WithoutCreated(self._registry))
+        families = [
+            _family("type_conflicts", [({}, conflicts)]),
+            _family("nodes", [({"state": state}, count) for state, count in self._health.counts().items()]),
+            _family("build_info", [(build, 1)]),
+        ]
+        known = self._known()
 
-    def _forget_the_gone(self) -> None:
-        """Series of nodes that are no longer registered end, or they would pile up as nodes come and go."""
+        def write() -> bytes:
+            self._forget_all_but(known)
+            counted = generate_latest(_WithoutCreated(self._registry))
+            return b"".join([*_of_scrapes(outcomes), "".join(families).encode(), counted])
+
+        return write
+
+    def _known(self) -> set[tuple[str, str]]:
         proxies = list(self._nodes.proxies())
-        known = {(node.name, proxy.name) for proxy in proxies for node in proxy.nodes}
-        known |= {("", proxy.name) for proxy in proxies} | {OTHER}
+        nodes = {(node.name, proxy.name) for proxy in proxies for node in proxy.nodes}
+        return nodes | {("", proxy.name) for proxy in proxies} | {OTHER}
+
+    def _forget_all_but(self, known: Set[tuple[str, str]]) -> None:
+        """Series of nodes that are no longer registered end, or they would pile up as nodes come and go."""
         for counter in (self._requests, self._bytes, self._errors):
             for labels in [sample.labels for metric in counter.collect() for sample in metric.samples]:
                 if (labels["node"], labels["proxy"]) not in known:
-                    counter.remove(*labels.values())
+                    with contextlib.suppress(KeyError):  # each counter has a second sample of the same labels
+                        counter.remove(*labels.values())
 
 
 class _WithoutCreated:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import time
@@ -15,6 +16,7 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeVar
 
 import aiohttp
 
@@ -24,6 +26,8 @@ from lmcache_frontend.telemetry.exposition import ExpositionError, Merge, parse_
 from lmcache_shared.address import Address
 from lmcache_shared.blocking import BlockingPool
 from lmcache_shared.errors import Refusal
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +46,8 @@ MAX_BYTES = 512 << 20
 serves a dashboard for so many has it.
 """
 
-MAX_ROUNDS = 4
-"""Rounds with different parameters at once; those with the same parameters are one."""
+MAX_ROUNDS = 8
+"""Rounds that are in memory at once; those with the same parameters at the same moment are one."""
 
 INLINE_BYTES = 128 << 10
 """An exposition of up to this size is merged between two turns of the event loop, which takes a few milliseconds. A
@@ -60,6 +64,8 @@ OURS = b"lmcache_frontend_"
 """What the names of the frontend's own families begin with. No node has such: it could tell of others in our name."""
 
 _SENDS_OURS = re.compile(rb"^[ \t]*(?:#[ \t]*[A-Z]+[ \t]+)?" + OURS, re.MULTILINE)
+
+_END = b"# EOF\n"
 
 MAX_LINES = 20
 """What the log gets of one round."""
@@ -112,14 +118,33 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcomes of a round, in the nodes' order, and what came of it."""
+    """What came of a round: the nodes' metrics, and the frontend's own, which have a place when the nodes' are full."""
 
-    outcomes: Sequence[Outcome]
-    merge: Merge
+    nodes: Merge
+    own: Merge
+
+    def write(self, *, openmetrics: bool) -> Iterator[bytes]:
+        """Both as one exposition, in pieces. No name is in both (`OURS`)."""
+        if openmetrics:
+            yield from _without_end(self.nodes.write(openmetrics=True))
+        else:
+            yield from self.nodes.write(openmetrics=False)
+        yield from self.own.write(openmetrics=openmetrics)
 
 
-Describe = Callable[[Wanted, Sequence[Outcome], int], bytes]
-"""The frontend's own exposition: after a round, with its outcomes and how many types conflict."""
+def _without_end(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    tail = b""
+    for piece in pieces:
+        whole = tail + piece
+        yield whole[: -len(_END)]
+        tail = whole[-len(_END) :]
+    assert tail == _END, "so ends OpenMetrics"
+
+
+Describe = Callable[[Wanted, Sequence[Outcome], int], Callable[[], bytes]]
+"""The frontend's own exposition after a round, with its outcomes and how many types conflict: what it is made of is
+looked at in the event loop, and written in a thread.
+"""
 
 
 class ScrapeError(Exception):
@@ -142,6 +167,9 @@ class Scraper:
         self._describe = describe
         self._room = Room(max_bytes)
         self._rounds: dict[Wanted, _Round] = {}
+        """Those that run, which others may share."""
+        self._held: set[_Round] = set()
+        """Those that are in memory, be it for a reader that is slow."""
         self._pool = BlockingPool("metrics", threads=2, waiting=64)
         self._problems: dict[tuple[str, str], str] = {}
         """Why a node's last scrape failed, by proxy and name."""
@@ -155,21 +183,29 @@ class Scraper:
         """
         shared = self._rounds.get(wanted)
         if shared is None:
-            if len(self._rounds) >= MAX_ROUNDS:
+            if len(self._held) >= MAX_ROUNDS:
                 raise Refusal(503, "too many different scrapes at once; try again later", {"Retry-After": "1"})
             shared = self._rounds[wanted] = _Round(self._room)
             shared.task = asyncio.create_task(self._scrape(wanted, shared), name="scrape")
+            # Who asks later asks anew: samples are of the moment in which they are asked for.
+            shared.task.add_done_callback(functools.partial(self._ended, wanted))
+            self._held.add(shared)
         shared.users += 1
         try:
             yield await asyncio.shield(shared.task)
         finally:
             shared.users -= 1
             if shared.users == 0:
-                # The next one asks anew: samples are of the moment in which they are asked for.
-                self._rounds.pop(wanted, None)
+                self._ended(wanted, shared.task)
+                self._held.discard(shared)
                 await shared.close()
 
-    async def in_thread(self, call: Callable[[], bytes]) -> bytes:
+    def _ended(self, wanted: Wanted, task: asyncio.Future[Result]) -> None:
+        running = self._rounds.get(wanted)
+        if running is not None and running.task is task:
+            del self._rounds[wanted]
+
+    async def in_thread(self, call: Callable[[], T]) -> T:
         """What `call()` gives, made off the event loop.
 
         Raises:
@@ -178,7 +214,7 @@ class Scraper:
         return await self._pool.run(call, seconds=MERGE_SECONDS, what="writing the metrics")
 
     async def close(self) -> None:
-        for shared in list(self._rounds.values()):
+        for shared in list(self._held):
             await shared.close()
         self._pool.close()
 
@@ -195,10 +231,10 @@ class Scraper:
             await run.close()
         in_order = [outcome for _, outcome in sorted(zip(line, outcomes, strict=True), key=lambda pair: pair[0])]
         self._note(in_order, are_all=wanted.tells_own and bool(in_order))
-        conflicts = merge.conflicts
-        text = await self.in_thread(lambda: self._describe(wanted, in_order, conflicts))
-        await run.merge_in({}, text)
-        return Result(in_order, merge)
+        own = Merge(matchers=matchers or None)
+        describe = self._describe(wanted, in_order, merge.conflicts)
+        await self.in_thread(lambda: own.add({}, describe()))
+        return Result(merge, own)
 
     def _note(self, outcomes: Sequence[Outcome], *, are_all: bool) -> None:
         """Log each reason once, when it appears, changes or goes; of many at once the first few."""
@@ -356,6 +392,7 @@ class _Run:
         return bytes(body)
 
     async def close(self) -> None:
+        self._until = 0.0  # up to Python 3.11 `wait_for` can forget that its caller was cancelled: no further node
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
