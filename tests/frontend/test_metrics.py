@@ -457,7 +457,7 @@ async def test_the_event_loop_goes_on(frontend_server: StartFrontend) -> None:
             await asyncio.sleep(0.001)
             longest = max(longest, time.monotonic() - began)
         assert (await asked).count("large_total{") == len(body.splitlines())
-        assert longest < 0.5
+        assert longest < 2, "merging and compressing take seconds, on a busy machine; the loop waits for neither"
 
 
 async def test_proxied_requests_are_counted(frontend_server: StartFrontend) -> None:
