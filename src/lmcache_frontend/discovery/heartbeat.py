@@ -112,11 +112,8 @@ class Heartbeat:
             await asyncio.wait_for(self._send(url), SEND_SECONDS)
         except asyncio.TimeoutError:
             return f"no answer within {SEND_SECONDS:g} seconds"
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            return " ".join(str(error).split())[:200] or type(error).__name__
         except Exception as error:
-            logger.debug("a heartbeat failed", exc_info=True)
-            return f"{type(error).__name__}: {error}"[:200]
+            return reason(error)
         return None
 
     async def _send(self, url: URL) -> None:
@@ -137,7 +134,7 @@ class Heartbeat:
             session.get(url.update_query(parameters), allow_redirects=False) as response,
         ):
             if not 200 <= response.status < 300:
-                raise ValueError(f"it answers {response.status}")
+                raise _Refused(f"it answers {response.status}")
             await response.content.read(MAX_ANSWER_BYTES)
 
     def _note(self, url: URL, problem: str | None) -> None:
@@ -151,6 +148,24 @@ class Heartbeat:
             logger.warning("the heartbeat to %s is answered again, after %d failures", where, self._failures)
             self._failures = 0
         self._problem = problem
+
+
+class _Refused(Exception):
+    """The service answers, and not that it has taken the heartbeat."""
+
+
+def reason(error: Exception) -> str:
+    """Why a heartbeat failed, for logs and the status.
+
+    Many of aiohttp's errors quote the URL, or what a service sent that may quote it, and the URL may hold a password or
+    a token: of those that are not known to tell of hosts alone only the type is told.
+    """
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"what it answers is no HTTP that can be used ({type(error).__name__})"
+    if isinstance(error, _Refused | aiohttp.ClientConnectorError):
+        return " ".join(str(error).split())[:200]
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return f"{type(error).__name__}: {strerror}"[:200] if strerror else type(error).__name__
 
 
 def pause(interval: float, failures: int) -> float:
