@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import math
+import os
+import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -22,7 +25,7 @@ from lmcache_api.component import ControllerError, Operation, WorkerReport
 from lmcache_api.embedded import EmbeddedControllerComponent, controller, fan_out
 from lmcache_api.embedded.controller import EmbeddedController
 from lmcache_api.pytest_plugin import RunningApi, StartApi, client_for, free_port
-from lmcache_shared.address import TcpAddress
+from lmcache_shared.address import TcpAddress, UnixAddress
 from lmcache_shared.listen import make_runner, make_site
 from lmcache_shared.placement import MAX_WORKERS
 from lmcache_shared.settings import Settings
@@ -591,6 +594,45 @@ async def test_a_worker_that_claims_more_than_was_asked(here: RunningApi, serve:
     await report(here, str(await serve(answers({**FOUND, "num_hit_tokens": 10**12}))))
     answer, _ = await lookup(here)
     assert answer["layout_info"] == {"one": [CPU, 600]}
+
+
+async def test_a_worker_that_never_reads_is_cut_off_at_the_deadline(silent: int, tmp_path: Path) -> None:
+    """What was written to it waits to be read, also when the connection is closed."""
+    asks = fan_out.FanOut()
+    question = fan_out.Question("POST", "/cache/lookup", fan_out.Found, body=bytes(16 << 20))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(f"{tmp_path}/s")
+        sock.listen()
+        await asks.ask(TcpAddress("127.0.0.1", silent), question, 0.1)  # what is made once is made
+        before = len(os.listdir("/proc/self/fd"))
+        for address in (TcpAddress("127.0.0.1", silent), UnixAddress(f"{tmp_path}/s")):
+            for _ in range(3):
+                told = await asyncio.gather(*(asks.ask(address, question, 0.2) for _ in range(8)))
+                assert told == [{"status": "error", "error": "no answer within 0.2 seconds"}] * 8
+        await asyncio.sleep(0.1)
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+async def test_without_file_descriptors_it_is_503_and_says_so(here: RunningApi, serve: Serve) -> None:
+    for number in range(3):
+        await report(here, str(await serve(answers(FOUND))), worker_id=number)
+    assert (await lookup(here))[0]["layout_info"]  # and the connection to the controller is open
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    body = json.dumps({"tokens": list(range(600))})
+    kept: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 1024), limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                kept.append(os.open("/dev/null", os.O_RDONLY))
+        status, answer = await ask(here, "POST", "/lookup", data=body)
+    finally:
+        for number in kept:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert status == 503
+    assert answer["detail"].startswith("3 of 3 workers were not asked: the controller has no file descriptor left")
+    assert (await lookup(here))[0]["layout_info"] == {"one": [CPU, 512]}, "and on it goes"
 
 
 async def test_what_never_ends_delays_nobody(api_server: StartApi, serve: Serve, silent: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from lmcache_api.component import ControllerError, Operation, WorkerReport
-from lmcache_api.embedded.fan_out import Cleared, FanOut, Found, Healthy, Question
+from lmcache_api.embedded.fan_out import OUT_OF_FILES, Cleared, FanOut, Found, Healthy, Question
 from lmcache_shared.address import Address, TcpAddress, is_loopback_host, tcp_address, unix_address
 from lmcache_shared.errors import AddressError
 from lmcache_shared.placement import MAX_WORKERS
@@ -311,6 +311,9 @@ class EmbeddedController:
                 event.task.cancel()
                 self._events.pop(event.event_id, None)
             raise
+        not_asked = sum(answer.get("error") == OUT_OF_FILES for answer in event.answers.values())
+        if not_asked:
+            raise ControllerError(503, f"{not_asked} of {len(workers)} workers were not asked: {OUT_OF_FILES}")
         return event
 
     def _make_room(self, workers: int) -> None:
