@@ -277,7 +277,7 @@ async def test_what_is_not_possible_says_so(here: RunningApi, operation: str) ->
         "instance_id": "one", "location": CPU, "method": "none", "tokens": [1],
         "old_position": ["one", CPU], "new_position": ["two", CPU],
     }  # fmt: skip
-    detail = f"{operation} is not possible on embedded workers"
+    detail = f"{operation} is not possible on embedded workers: their engine has no such operation"
     assert await ask(here, "POST", f"/{operation}", json=body) == (501, {"detail": detail})
 
 
@@ -306,6 +306,15 @@ async def test_instances_and_events_that_nobody_knows(here: RunningApi) -> None:
         {"worker_id": -1},
         {"worker_id": MAX_WORKERS},
         {"key_count": -1},
+        {"key_count": 1 << 41},
+        {"instance_id": "all"},
+        {"instance_id": "a\nb"},
+        {"instance_id": "\x1b[2J"},
+        {"instance_id": "\ud800"},
+        {"port": "\ud800"},
+        {"port": "/\ud800"},
+        {"port": "/tmp/\udc80_7000"},
+        {"host": "\ud800"},
         {"port": "0"},
         {"port": "65536"},
         {"port": ""},
@@ -333,7 +342,7 @@ async def test_reports_of_the_wrong_type(by_port: RunningApi, more: dict[str, An
     assert await workers_of(by_port) == []
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "10.0.0.1", "::2", "fe80::1%eth0", "example.org", "[::1]", "0.0.0.0"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "10.0.0.1", "::2", "fe80::1%eth0", "example.org", "[::2]", "0.0.0.0"])
 async def test_nobody_reports_for_somebody_else(by_port: RunningApi, here: RunningApi, host: str) -> None:
     for server, caller in ((by_port, "127.0.0.1"), (here, "None")):
         status, answer = await report(server, "8000", host=host)
@@ -370,6 +379,10 @@ REPORTED = WorkerReport("one", 0, "8000", 0)
         (None, "fe80::1%ours", "fe80::1%ours"),
         ("127.0.0.2", "127.0.0.1", "127.0.0.2"),
         ("::1", "127.0.0.1", "::1"),
+        ("[::1]", "127.0.0.1", "::1"),
+        ("::1%lo", "127.0.0.1", "::1"),
+        ("localhost.", "127.0.0.1", "localhost."),
+        ("[2001:db8::7]", "2001:db8::7", "2001:db8::7"),
         ("localhost", "::1", "localhost"),
         ("localhost", None, "localhost"),
         (None, None, "127.0.0.1"),
@@ -441,7 +454,7 @@ async def test_so_many_workers_and_no_more() -> None:
         for number in range(5000):
             instance, worker = divmod(number, MAX_WORKERS)
             try:
-                await made.report(WorkerReport(f"i{instance}", worker, "8000", 1), "10.0.0.1")
+                await made.report(WorkerReport(f"i{instance}", worker, "8000", 1), f"10.0.{instance}.1")
             except ControllerError as error:
                 assert error.status == 503
                 refused.append(number)
@@ -458,6 +471,24 @@ async def test_so_many_workers_and_no_more() -> None:
         await asyncio.sleep(0.05)
     await made.report(WorkerReport("new", 0, "8000", 1), "10.0.0.1")  # those that are silent make room
     assert (await made.key_stats())["total_worker_count"] == 1
+
+
+@pytest.mark.parametrize("hosts", [["10.0.0.1"], ["localhost", "::1", "127.0.0.9", "[::1]"]])
+async def test_no_host_takes_the_room_of_the_others(hosts: list[str]) -> None:
+    made = reporter(controller_worker_seconds=3600.0)
+    caller = hosts[0] if len(hosts) == 1 else "127.0.0.1"
+
+    async def report_as(number: int, host: str, by: str) -> None:
+        instance, worker = divmod(number, MAX_WORKERS)
+        await made.report(WorkerReport(f"i{instance}", worker, "8000", 1, host), by)
+
+    for number in range(MAX_WORKERS):
+        await report_as(number, hosts[number % len(hosts)], caller)
+    with pytest.raises(ControllerError, match="1024 workers of .* are registered; no further one is taken") as refused:
+        await report_as(MAX_WORKERS, hosts[0], caller)
+    assert refused.value.status == 503
+    await report_as(MAX_WORKERS, "10.0.0.2", "10.0.0.2")
+    await report_as(5, hosts[0], caller)  # one that is known may go on
 
 
 async def test_one_that_is_silent_is_forgotten_and_comes_back_as_new(api_server: StartApi) -> None:
@@ -514,6 +545,7 @@ USELESS: dict[str, tuple[bytes | dict[str, Any] | list[Any], str]] = {
     "float": ({**FOUND, "num_hit_tokens": 1.5}, "no answer that can be used: Expected `int`, got `float`"),
     "text count": ({**FOUND, "num_hit_tokens": "5"}, "no answer that can be used: Expected `int`, got `str`"),
     "infinite": (b'{"num_hit_tokens": 1e999, "spans": []}', "no answer that can be used: "),
+    "more than a cache holds": ({**FOUND, "num_hit_tokens": 1 << 50}, "no answer that can be used: Expected `int` <= "),
     "huge count": ({**FOUND, "num_hit_tokens": 1 << 64}, "no answer that can be used: Expected `int` <= "),
     "spans are numbers": ({**FOUND, "spans": [1]}, "no answer that can be used: Expected `object`, got `int`"),
     "spans are an object": ({**FOUND, "spans": {"0": 1}}, "no answer that can be used: Expected `array`"),

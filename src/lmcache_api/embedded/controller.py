@@ -21,13 +21,26 @@ import msgspec
 
 from lmcache_api.component import ControllerError, Operation, WorkerReport
 from lmcache_api.embedded.fan_out import OUT_OF_FILES, Cleared, FanOut, Found, Healthy, Question
-from lmcache_shared.address import Address, TcpAddress, is_loopback_host, tcp_address, unix_address
+from lmcache_shared.address import (
+    Address,
+    TcpAddress,
+    is_loopback_host,
+    tcp_address,
+    unix_address,
+    without_brackets,
+)
 from lmcache_shared.errors import AddressError
 from lmcache_shared.placement import MAX_WORKERS
 from lmcache_shared.settings import Settings
 
 MAX_REPORTED = 4 * MAX_WORKERS
 """Workers that are kept; further ones are refused."""
+
+MAX_OF_A_HOST = MAX_WORKERS
+"""Of those, workers of one host: a caller that makes them up leaves room for everybody else's."""
+
+MAX_KEYS = 1 << 40
+"""Chunks of a worker; more is no number to add up."""
 
 MAX_EVENTS = 1000
 """Operations that are remembered; of those that are done the oldest are forgotten first."""
@@ -58,6 +71,8 @@ class Registered:
     reported: float
     """The same by the monotonic clock, which no administrator sets."""
     key_count: int
+    host: str
+    """One name for its machine, whichever of its addresses it reports."""
 
     @property
     def name(self) -> str:
@@ -147,19 +162,25 @@ class EmbeddedController:
             raise ControllerError(
                 400, f"instance_id: 1 to {MAX_NAME} characters, worker_id: a number from 0 to {MAX_WORKERS - 1}"
             )
-        if report.key_count < 0:
-            raise ControllerError(400, f"key_count {report.key_count}: expected a number from 0")
+        if not report.instance_id.isprintable():
+            raise ControllerError(400, "instance_id: a name has no control characters and no half ones")
+        if report.instance_id == ALL:
+            raise ControllerError(400, f"instance_id: {ALL!r} means all instances; choose another lmcache_instance_id")
+        if not 0 <= report.key_count <= MAX_KEYS:
+            raise ControllerError(400, f"key_count {report.key_count}: expected a number from 0 to {MAX_KEYS}")
         address = self._address_of(report, caller)
         key = (report.instance_id, report.worker_id)
         known = self._known(*key)
-        if known is None and len(self._workers) >= MAX_REPORTED:
-            self._forget_the_silent()
-            if len(self._workers) >= MAX_REPORTED:
-                raise ControllerError(503, f"{MAX_REPORTED} workers are registered; no further one is taken")
-        now = time.time()
         ip = address.host if isinstance(address, TcpAddress) else "localhost"
+        host = "localhost" if is_loopback_host(ip) else _bare(ip)
+        if known is None and self._too_many(host):
+            self._forget_the_silent()
+            if problem := self._too_many(host):
+                raise ControllerError(503, f"{problem}; no further one is taken")
+        now = time.time()
         registered_at = known.registered_at if known is not None else now
-        self._workers[key] = Registered(*key, address, ip, registered_at, now, time.monotonic(), report.key_count)
+        reported = time.monotonic()
+        self._workers[key] = Registered(*key, address, ip, registered_at, now, reported, report.key_count, host)
         return {"status": "success", "timeout_seconds": self._settings().controller_worker_seconds}
 
     async def leave(self, instance_id: str, worker_id: int, caller: str | None) -> None:
@@ -184,7 +205,7 @@ class EmbeddedController:
             return self._query_worker_info(fields["instance_id"], fields["worker_ids"])
         if operation.name == "check_finish":
             return self._check_finish(fields["event_id"])
-        raise ControllerError(501, f"{operation.name} is not possible on embedded workers")
+        raise ControllerError(501, f"{operation.name} is not possible on embedded workers: their engine has no such operation")
 
     async def close(self) -> None:
         """End the operations that go on."""
@@ -249,6 +270,14 @@ class EmbeddedController:
         found = [worker for worker in tuple(self._workers.values()) if self._is_present(worker)]
         return sorted(found, key=lambda worker: (worker.instance_id, worker.worker_id))
 
+    def _too_many(self, host: str) -> str | None:
+        """Why there is no room for one more worker of this host."""
+        if len(self._workers) >= MAX_REPORTED:
+            return f"{MAX_REPORTED} workers are registered"
+        if [worker.host for worker in self._workers.values()].count(host) >= MAX_OF_A_HOST:
+            return f"{MAX_OF_A_HOST} workers of {host} are registered"
+        return None
+
     def _forget_the_silent(self) -> None:
         """Make room; not at every report of a flood, as it looks at every worker."""
         now = time.monotonic()
@@ -283,7 +312,8 @@ class EmbeddedController:
                 raise ControllerError(403, f"host {host[:MAX_NAME]}: a worker reports itself, and this is {caller}")
             if caller is not None and not is_loopback_host(caller):
                 host = caller  # with its IPv6 scope, which is a name of this machine's
-            return tcp_address(host if "%" in host else _bare(host), report.port)
+            has_scope = "%" in host and not is_loopback_host(host)
+            return tcp_address(host if has_scope else _bare(host), report.port)
         except AddressError as error:
             raise ControllerError(400, f"port: {error}") from None
 
@@ -342,7 +372,7 @@ def _same_host(host: str, caller: str | None) -> bool:
 def _bare(host: str) -> str:
     """A number in its one spelling, without an IPv6 scope; an IPv4 number inside IPv6 is that IPv4 number."""
     try:
-        number = ipaddress.ip_address(host.partition("%")[0])
+        number = ipaddress.ip_address(without_brackets(host).partition("%")[0])
     except ValueError:
         return host
     mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None

@@ -38,7 +38,8 @@ OUT_OF_FILES = "the controller has no file descriptor left to ask a worker; rais
 MAX_WHY = 256
 PIECE_BYTES = 1 << 18
 
-_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+"""Tokens; more than any cache holds is no answer."""
 
 
 class _Span(msgspec.Struct):
