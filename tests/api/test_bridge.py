@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 
 from lmcache_api.bridge import turns
+from lmcache_api.bridge.controller import ManagerController, urls_of
 from lmcache_api.bridge.manager import ManagerComponent
+from lmcache_api.component import ControllerError, Operation
 from lmcache_api.pytest_plugin import RunningApi, StartApi
+from lmcache_shared.errors import ConfigError
 from lmcache_shared.settings import Settings
 
 QUESTIONS = [
@@ -224,3 +227,40 @@ async def test_what_protects_the_host_is_not_undone_over_http(
         )
     async with server.client.post("/conf", json={"extra_config": {"a": "***"}}) as response:
         assert (response.status, list((await response.json())["errors"])) == (400, ["extra_config"])
+
+
+# LMCache's controller
+
+
+@pytest.mark.parametrize(
+    ("ports", "message"),
+    [
+        (None, 'expected {"pull": PORT, "reply": PORT}'),
+        ([1], 'expected {"pull": PORT, "reply": PORT}'),
+        ({"pull": 1}, 'expected {"pull": PORT, "reply": PORT}'),
+        ({"pull": 0, "reply": 1}, "pull: '0': expected a port from 1 to 65535"),
+        ({"pull": 1, "reply": -1}, "reply: '-1': expected a port from 1 to 65535"),
+        ({"pull": 1, "reply": 65536}, "reply: '65536': expected a port from 1 to 65535"),
+        ({"pull": True, "reply": 2}, "pull: 'True': expected a port from 1 to 65535"),
+        ({"pull": None, "reply": 2}, "pull: 'None': expected a port from 1 to 65535"),
+        ({"pull": 1, "reply": 2, "heartbeat": 0}, "heartbeat: '0': expected a port from 1 to 65535"),
+        ({"pull": 1, "reply": 1}, "each needs a port of its own"),
+    ],
+)
+def test_monitor_ports_that_cannot_be(ports: object, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        urls_of("127.0.0.1", ports)
+    assert str(refused.value).startswith("controller_monitor_ports: ")
+    assert message in str(refused.value)
+
+
+def test_monitor_ports() -> None:
+    assert urls_of("h", {"pull": 1, "reply": 2}) == {"pull": "h:1", "reply": "h:2", "heartbeat": None}
+    assert urls_of("::1", {"pull": 1, "reply": 2, "heartbeat": 3})["heartbeat"] == "[::1]:3"
+
+
+async def test_lmcaches_controller_follows_no_events() -> None:
+    made = ManagerController(None, asyncio.get_running_loop())
+    with pytest.raises(ControllerError, match="follows no events") as refused:
+        await made.operate(Operation("check_finish", {"event_id": "x"}))
+    assert refused.value.status == 501

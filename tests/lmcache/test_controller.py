@@ -136,7 +136,9 @@ async def test_what_lmcache_fails_at_is_told(theirs: Client, ours: Client) -> No
         ("/clear", {"instance_id": "nope", "location": "LocalCPUBackend"}, 404, 500),
         ("/health", {"instance_id": "nope"}, 404, 200),
         ("/query_instance", {"event_id": "x", "ip": "192.0.2.77"}, 404, 500),
-        ("/check_finish", {"event_id": "x"}, 500, 500),
+        ("/check_finish", {"event_id": "x"}, 501, 500),
+        ("/move", {"old_position": ["nope", "x"], "new_position": ["one", "x"]}, 404, 500),
+        ("/move", {"old_position": ["one", "x"], "new_position": ["nope", "x"]}, 404, 500),
     ):
         assert (await ask(theirs, "POST", path, json=body)).status == their_status
         answer = await ask(ours, "POST", path, json=body)
@@ -147,6 +149,21 @@ async def test_what_lmcache_fails_at_is_told(theirs: Client, ours: Client) -> No
 async def test_the_version_is_told(ours: Client) -> None:
     assert (await ask(ours, "GET", "/version")).json().startswith("0.5.6")
     assert "lmcache:cache_controller_registered_workers_count" in (await ask(ours, "GET", "/metrics")).text
+
+
+@pytest.mark.parametrize(
+    ("ports", "message"),
+    [
+        ('{"pull": 0, "reply": 8400}', "controller_monitor_ports: pull: '0': expected a port from 1 to 65535"),
+        ('{"pull": 8300, "reply": 70000}', "controller_monitor_ports: reply: '70000': expected a port"),
+    ],
+)
+def test_ports_that_are_none_are_refused(lmcache_python: str, ports: str, message: str) -> None:
+    with short_folder() as folder:
+        options = ("--role", "controller", "--set", "controller_host=127.0.0.1", "--set")
+        with running_program(lmcache_python, folder, *options, f"controller_monitor_ports={ports}") as program:
+            assert program.process.wait(60) == 2
+            assert message in program.log.read_text()
 
 
 def test_it_starts_by_hand(lmcache_python: str) -> None:

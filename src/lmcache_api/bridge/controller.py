@@ -24,8 +24,9 @@ from lmcache_api.component import (
     Version,
     WorkerReport,
 )
+from lmcache_shared.address import tcp_address
 from lmcache_shared.config import CONFIG_FILE_VARIABLE, load, read_yaml
-from lmcache_shared.errors import ConfigError, StartError
+from lmcache_shared.errors import AddressError, ConfigError, StartError
 from lmcache_shared.placement import CONTROLLER_INDEX, Role
 from lmcache_shared.settings import Settings
 
@@ -43,7 +44,6 @@ _MESSAGES: Mapping[str, str] = {
     "move": "MoveMsg",
     "health": "HealthMsg",
     "query_instance": "QueryInstMsg",
-    "check_finish": "CheckFinishMsg",
     "query_worker_info": "QueryWorkerInfoMsg",
 }
 """LMCache's message for each operation."""
@@ -120,6 +120,8 @@ class ManagerController:
         return {"workers": workers, "total_count": len(workers)}
 
     async def _operate(self, operation: Operation) -> Mapping[str, Any]:
+        if operation.name == "check_finish":
+            raise ControllerError(501, "LMCache's controller follows no events; an operation has ended when it answers")
         from lmcache.v1.cache_controller import message
 
         fields = dict(operation.fields)
@@ -133,11 +135,13 @@ class ManagerController:
             fields["old_position"], fields["new_position"] = (
                 _position(fields[name], name) for name in ("old_position", "new_position")
             )
+            for instance, _ in (fields["old_position"], fields["new_position"]):
+                if registry.get_instance(instance) is None:
+                    raise ControllerError(404, f"No workers found for instance {instance}")
         if "tokens" in fields:
             fields["tokens"] = fields["tokens"] or []
-        if operation.name != "check_finish":
-            prefix = _EVENT_PREFIXES.get(operation.name, operation.name.capitalize())
-            fields["event_id"] = f"{prefix}{uuid.uuid4()}"
+        prefix = _EVENT_PREFIXES.get(operation.name, operation.name.capitalize())
+        fields["event_id"] = f"{prefix}{uuid.uuid4()}"
         answer = await self._manager.handle_orchestration_message(getattr(message, _MESSAGES[operation.name])(**fields))
         if isinstance(answer, message.ErrorMsg):
             raise ControllerError(500, answer.error or f"LMCache's controller cannot {operation.name}")
@@ -211,7 +215,7 @@ class StandaloneController:
         except ImportError as error:
             raise StartError(f"--engine lmcache: LMCache is not installed here ({error}); {INSTALL}") from None
         config, settings = _configuration(path, overrides)
-        urls = _urls(config)
+        urls = urls_of(config.controller_host, config.controller_monitor_ports)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="lmcache-controller", daemon=True)
         self._thread.start()
@@ -264,14 +268,29 @@ def _configuration(path: str | None, overrides: Sequence[str]) -> tuple[Any, Set
     return config, settings
 
 
-def _urls(config: Any) -> dict[str, str | None]:
-    ports = config.controller_monitor_ports or {}
+def urls_of(host: str, monitor_ports: object) -> dict[str, str | None]:
+    """Where LMCache's controller binds its sockets; it would fail in a thread, or take port 0 for any.
+
+    Raises:
+        ConfigError: one is missing, is no port, or is there twice.
+    """
+    ports = monitor_ports if isinstance(monitor_ports, Mapping) else {}
     if "pull" not in ports or "reply" not in ports:
         raise ConfigError('controller_monitor_ports: expected {"pull": PORT, "reply": PORT}')
-    return {
-        name: f"{config.controller_host}:{ports[name]}" if ports.get(name) else None
-        for name in ("pull", "reply", "heartbeat")
-    }
+    urls: dict[str, str | None] = {}
+    for name in ("pull", "reply", "heartbeat"):
+        port = ports.get(name)
+        if name == "heartbeat" and port is None:
+            urls[name] = None
+            continue
+        try:
+            urls[name] = str(tcp_address(host, str(port)))
+        except AddressError as error:
+            raise ConfigError(f"controller_monitor_ports: {name}: {error}") from None
+    found = [url for url in urls.values() if url is not None]
+    if len(set(found)) < len(found):
+        raise ConfigError(f"controller_monitor_ports: {dict(ports)}: each needs a port of its own")
+    return urls
 
 
 def _position(value: Sequence[str], name: str) -> tuple[str, str]:
@@ -293,8 +312,6 @@ def _worker_info(info: Any) -> dict[str, Any]:
 
 def _fields_of(operation: str, answer: Any) -> dict[str, Any]:
     """The fields of LMCache's own answer to the post."""
-    if operation == "check_finish":
-        return {"status": answer.status}
     told: dict[str, Any] = {"event_id": answer.event_id}
     if operation == "lookup":
         told["layout_info"] = dict(answer.layout_info)

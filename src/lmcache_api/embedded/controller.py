@@ -205,7 +205,9 @@ class EmbeddedController:
             return self._query_worker_info(fields["instance_id"], fields["worker_ids"])
         if operation.name == "check_finish":
             return self._check_finish(fields["event_id"])
-        raise ControllerError(501, f"{operation.name} is not possible on embedded workers: their engine has no such operation")
+        raise ControllerError(
+            501, f"{operation.name} is not possible on embedded workers: their engine has no such operation"
+        )
 
     async def close(self) -> None:
         """End the operations that go on."""

@@ -24,7 +24,7 @@ def hanging() -> Iterator[str]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen(128)
-        yield "127.0.0.1:{}".format(sock.getsockname()[1])
+        yield f"127.0.0.1:{sock.getsockname()[1]}"
 
 
 @pytest.mark.parametrize("seconds", [1.0, 3.0])
