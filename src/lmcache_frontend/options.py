@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from yarl import URL
@@ -48,6 +48,12 @@ class Options:
         None, "The host to report; without one this machine's address on the way to the service."
     )
     no_http: bool = setting(False, "Send heartbeats and serve nothing.")
+
+    places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where the options stand that a source has set, for refusals of what is read later."""
+
+    def place_of(self, name: str) -> str:
+        return self.places.get(name, flag_of(name))
 
 
 DEFINITIONS = definitions_of(Options)
@@ -136,10 +142,11 @@ def make_options(found: Mapping[str, Given]) -> Options:
         ConfigError: a value is not what its option takes; the text names its place.
     """
     options = Options(**{name: convert(*_checkable(name, given)) for name, given in found.items()})
-    options = replace(options, log_level=options.log_level.lower())
+    places = {name: given.place for name, given in found.items()}
+    options = replace(options, log_level=options.log_level.lower(), places=places)
 
     def refuse(name: str, problem: str) -> ConfigError:
-        place = found[name].place if name in found else flag_of(name)
+        place = options.place_of(name)
         return ConfigError(f"{place}{'' if place == flag_of(name) else ':'} {problem}")
 
     if options.log_level not in LOG_LEVELS:

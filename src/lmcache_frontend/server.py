@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Iterable
+import os
+import select
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -24,6 +28,8 @@ DRAIN_SECONDS = 1.0
 """How long requests in flight may take when the frontend stops."""
 
 MAX_NODE_FILE_BYTES = 8 << 20
+READ_SECONDS = 5.0
+"""For the file of nodes."""
 
 
 class FrontendServer:
@@ -133,16 +139,35 @@ def read_nodes(options: Options) -> list[Node | Proxy]:
     if options.config is not None:
         entries += read_list(_read_file(Path(options.config)), options.config)
     if options.nodes is not None:
-        entries += read_list(options.nodes.encode("utf-8", "surrogateescape"), "--nodes")
+        entries += read_list(options.nodes.encode("utf-8", "surrogateescape"), options.place_of("nodes"))
     return entries
 
 
 def _read_file(path: Path) -> bytes:
+    """What the file holds. It may be a pipe, as a shell makes it; one that nobody writes into is not waited for."""
+    data = bytearray()
+    until = time.monotonic() + READ_SECONDS
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_NODE_FILE_BYTES + 1)
+        with _opened(path) as file:
+            while len(data) <= MAX_NODE_FILE_BYTES:
+                if not select.select([file], [], [], max(0.0, until - time.monotonic()))[0]:
+                    raise ConfigError(f"{path}: nobody has written the nodes within {READ_SECONDS:g} seconds")
+                with contextlib.suppress(BlockingIOError):
+                    piece = os.read(file, 1 << 20)
+                    if not piece:
+                        return bytes(data)
+                    data += piece
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the nodes: {error.strerror}") from None
-    if len(data) > MAX_NODE_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_NODE_FILE_BYTES} bytes; this is no list of nodes")
-    return data
+    except ValueError:  # a NUL in it
+        raise ConfigError(f"{str(path)!r}: is no path") from None
+    raise ConfigError(f"{path}: larger than {MAX_NODE_FILE_BYTES} bytes; this is no list of nodes")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        yield file
+    finally:
+        os.close(file)

@@ -182,9 +182,7 @@ async def test_a_service_that_cannot_be_used_stops_nothing(kind: str, frontend_s
 
 @pytest.mark.parametrize("answer", ["GET {path} HTTP/1.1\r\n\r\n", "HTTP/1.1 200 OK\r\n{path}\r\n\r\n", ""])
 @pytest.mark.parametrize("user", ["user:hidden%E2%9C%93@", ""])
-async def test_no_failure_tells_what_the_url_holds(
-    answer: str, user: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_no_failure_tells_what_the_url_holds(answer: str, user: str, caplog: pytest.LogCaptureFixture) -> None:
     """A service that sends back what it was asked, and aiohttp, which quotes that, or the URL."""
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
