@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_dropped_and_told_when_there_is_room(pipe: tuple[in
     kept, count = _numbers(lines)
     assert kept == sorted(set(kept))
     assert kept[0] == 0
-    assert 10 < len(kept) < 100
+    assert 10 <= len(kept) < 900
     assert count == 1000, "every one is there, or counted"
     assert "dropped here: nobody read what this program writes\n" in lines[-2]
     assert lines[-1] == "the last\n"
