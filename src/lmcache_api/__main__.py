@@ -98,7 +98,7 @@ async def _lmcache(
 ) -> Component:
     """LMCache's standalone engine, started, and stopped by `stack`: the one worker that is wanted."""
     if options.role == "controller":
-        from lmcache_api.bridge.controller import StandaloneController
+        from lmcache_api.bridge.standalone_controller import StandaloneController
 
         controller = await asyncio.to_thread(
             StandaloneController, options.config, overrides, log_level=options.log_level

@@ -184,7 +184,13 @@ async def test_what_is_told_of_workers(here: RunningApi) -> None:
     status, answer = await ask(here, "POST", "/query_instance", json={"event_id": "x", "ip": "127.0.0.1"})
     assert (status, answer["res"]) == (200, "one")
     status, answer = await ask(here, "POST", "/query_instance", json={"event_id": "x", "ip": "192.0.2.7"})
-    assert (status, answer) == (404, {"detail": "no instance is registered at 192.0.2.7"})
+    assert (status, answer) == (
+        404,
+        {
+            "detail": "no instance is registered at 192.0.2.7; "
+            "GET /controller/workers lists the workers and their addresses"
+        },
+    )
 
 
 # Who has none

@@ -15,7 +15,6 @@ from tests.lmcache.processes import (
     Controllers,
     ask,
     client_of,
-    free_ports,
     running_controllers,
     running_program,
     short_folder,
@@ -164,14 +163,3 @@ def test_ports_that_are_none_are_refused(lmcache_python: str, ports: str, messag
         with running_program(lmcache_python, folder, *options, f"controller_monitor_ports={ports}") as program:
             assert program.process.wait(60) == 2
             assert message in program.log.read_text()
-
-
-def test_it_starts_by_hand(lmcache_python: str) -> None:
-    with short_folder() as folder:
-        options = ("--role", "controller", "--set", "controller_host=127.0.0.1", "--set")
-        pull, reply = free_ports(2)
-        ports = f'controller_monitor_ports={{"pull": {pull}, "reply": {reply}}}'
-        with running_program(lmcache_python, folder, *options, ports) as program:
-            program.wait_until(lambda: " serves on " in program.log.read_text(), seconds=120, what="the controller")
-            program.process.terminate()
-            assert program.process.wait(30) == 0

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from lmcache_api.component import ControllerError, Operation, WorkerReport
+from lmcache_api.component import PART_OF_A_CALL, ControllerError, Operation, WorkerReport, nobody_at
 from lmcache_api.embedded.fan_out import OUT_OF_FILES, Cleared, FanOut, Found, Healthy, Question
 from lmcache_shared.address import (
     Address,
@@ -50,9 +50,6 @@ MAX_EVENT_WORKERS = 1 << 16
 
 MAX_NAME = 256
 ALL = "all"
-
-PART_OF_A_CALL = 0.9
-"""An operation answers before the deadline of the call (`internal_api_server_call_seconds`)."""
 
 HEALTHY, UNHEALTHY, SILENT = 0, 1, 2
 """Error codes of a worker's health."""
@@ -249,7 +246,7 @@ class EmbeddedController:
     def _query_instance(self, ip: str) -> Mapping[str, Any]:
         found = next((worker.instance_id for worker in self._present() if _bare(worker.ip) == _bare(ip)), None)
         if found is None:
-            raise ControllerError(404, f"no instance is registered at {ip[:MAX_NAME]}")
+            raise ControllerError(404, nobody_at(ip))
         return {"event_id": _event_id("QueryInst"), "res": found}
 
     def _query_worker_info(self, instance_id: str, worker_ids: Sequence[int] | None) -> Mapping[str, Any]:
