@@ -513,6 +513,67 @@ async def test_one_that_is_silent_is_forgotten_and_comes_back_as_new(api_server:
     assert after - before > 0.3
 
 
+async def test_two_deployments_of_one_name_do_not_take_each_others_place() -> None:
+    made = reporter(controller_worker_seconds=0.3)
+    await made.report(WorkerReport("lmcache", 0, "7000", 5), "10.0.0.1")
+    for port, caller in (("7000", "10.0.0.2"), ("7100", "10.0.0.1")):
+        with pytest.raises(ControllerError) as refused:
+            await made.report(WorkerReport("lmcache", 0, port, 9), caller)
+        assert refused.value.status == 409
+        assert str(refused.value).startswith(
+            f"worker 0 of lmcache is at 10.0.0.1:7000, and this one is at {caller}:{port}: each deployment needs"
+        )
+    with pytest.raises(ControllerError):  # nor does it leave for the other
+        await made.leave("lmcache", 0, "10.0.0.2")
+    assert (await made.key_stats())["total_key_count"] == 5
+    await made.report(WorkerReport("lmcache", 0, "7000", 6), "::ffff:10.0.0.1")  # another spelling of its address
+    await asyncio.sleep(0.35)
+    await made.report(WorkerReport("lmcache", 0, "7000", 9), "10.0.0.2")  # it has moved
+    assert (await made.workers("lmcache", 0))["address"] == "10.0.0.2:7000"
+    await made.close()
+
+
+async def test_arrivals_and_losses_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lmcache_api")
+    made = reporter(controller_worker_seconds=0.3)
+
+    def told() -> list[tuple[str, str]]:
+        found = [(record.levelname, record.message) for record in caplog.records]
+        caplog.clear()
+        return found
+
+    for worker in range(8):
+        await made.report(WorkerReport("one", worker, "7000", 5), f"10.0.0.{worker}")
+        await made.report(WorkerReport("one", worker, "7000", 5), f"10.0.0.{worker}")
+    await made.leave("one", 7, "10.0.0.7")
+    names = [f"one worker {worker} at 10.0.0.{worker}:7000" for worker in range(8)]
+    assert told() == [*(("INFO", f"{name} is here") for name in names), ("INFO", f"{names[7]} has left")]
+    deadline = time.monotonic() + 5
+    while not caplog.records:  # nobody asks, and it is told
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+    assert told() == [("WARNING", f"no report for 0.3 seconds, forgotten: {', '.join(names[:5])} and 2 more")]
+    await made.report(WorkerReport("one", 0, "7000", 5), "10.0.0.9")
+    await made.close()
+    await asyncio.sleep(0.5)
+    assert told() == [("INFO", "one worker 0 at 10.0.0.9:7000 is here")]  # and no look after the end
+
+
+async def test_workers_of_one_number_and_of_one_machine(here: RunningApi) -> None:
+    for instance, worker in (("one", 0), ("one", 1), ("two", 1)):
+        await report(here, "8000", instance_id=instance, worker_id=worker)
+    status, answer = await ask(here, "GET", "/controller/workers?worker_id=1")
+    assert [(told["instance_id"], told["worker_id"]) for told in answer["workers"]] == [("one", 1), ("two", 1)]
+    assert (status, answer["total_count"]) == (200, 2)
+    for ip in ("localhost", "127.0.0.1", "::1", "127.0.0.9"):
+        status, answer = await ask(here, "POST", "/query_instance", json={"event_id": "", "ip": ip})
+        assert (status, answer.get("res")) == (200, "one")
+    socket_path = f"{here.component.settings.internal_api_server_socket_path_prefix}_7000"
+    assert (await report(here, socket_path, instance_id="three"))[0] == 200
+    status, told = await ask(here, "GET", "/controller/workers?instance_id=three&worker_id=0")
+    assert (told["ip"], told["port"], told["address"]) == ("localhost", 0, socket_path)
+
+
 # What workers answer
 
 
