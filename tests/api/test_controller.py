@@ -108,10 +108,16 @@ def silent() -> Iterator[int]:
 
 async def test_it_serves_the_common_and_its_own_endpoints_and_no_engines(here: RunningApi) -> None:
     assert await ask(here, "GET", "/version") == (200, here.component.version.whole)
-    for path in ("/freeze/status", "/conf", "/cache/lookup", "/backends"):
+    for path in ("/freeze/status", "/cache/lookup", "/backends"):
         assert await ask(here, "GET", path) == (404, {"detail": "Not Found"})
     async with here.client.get("/meta") as response:
         assert json.loads(await response.text()) == {"role": "controller"}
+    async with here.client.get("/conf") as response:
+        told = json.loads(await response.text())
+    assert (told["controller_answer_seconds"], told["controller_port"]) == (ANSWER_SECONDS, 9000)
+    assert "chunk_size" not in told
+    status, answer = await ask(here, "POST", "/conf", json={"controller_port": 9001, "chunk_size": 16})
+    assert (status, answer["updated"], list(answer["errors"])) == (400, {}, ["controller_port", "chunk_size"])
     async with here.client.get("/metrics") as response:
         text = await response.text()
     assert "lmcache:cache_controller_registered_workers_count" in text

@@ -46,7 +46,7 @@ class Cluster:
     folder: Path
     stack: ExitStack
     ports: list[int] = field(default_factory=lambda: free_ports(3))
-    number: int = 0
+    engines: list[Engine] = field(default_factory=list)
 
     def start_controller(self) -> Child:
         pull, reply, _ = self.ports
@@ -63,10 +63,10 @@ class Cluster:
         return child
 
     def start_worker(self) -> Engine:
-        self.number += 1
-        below = self.folder / str(self.number)
+        below = self.folder / str(len(self.engines))
         below.mkdir()
         engine = self.stack.enter_context(starting_worker(self.python, below, "one", *self.ports))
+        self.engines.append(engine)
         engine.wait_until(engine.socket.is_socket, seconds=120, what="the engine")
         return engine
 
@@ -135,6 +135,9 @@ async def test_an_engine_registers_and_is_asked(client: Client, worker: Engine) 
     assert [answer.json()["error_codes"] for answer, _ in told] == [{"0": 0}] * 5
     cleared = await ask(client, "POST", "/clear", json={"instance_id": "one", "location": CPU})
     assert (cleared.status, cleared.json()["num_tokens"]) == (200, 512)
+    conf = (await ask(client, "GET", "/conf")).json()
+    assert (conf["health_check_interval"], conf["controller_answer_seconds"]) == (-1, ANSWER_SECONDS)
+    assert (await ask(client, "POST", "/conf", json={"health_check_interval": 1})).status == 400
     metrics = (await ask(client, "GET", "/metrics")).text
     assert re.search(r"registered_workers_count\{[^}]*\} 1\.0", metrics)
     address = known["workers"][0]["ip"]
@@ -187,6 +190,21 @@ async def test_a_worker_that_is_gone_is_named_and_found_again(cluster: Cluster, 
         assert time.monotonic() < deadline, answer.text
         await asyncio.sleep(0.2)
     assert answer.json()["error_codes"] == {"0": 0}
+
+
+async def test_a_worker_that_ends_says_so_and_nothing_else(cluster: Cluster, client: Client) -> None:
+    for _ in range(2):
+        worker = cluster.engines[-1]
+        await until(client, "/controller/workers", lambda told: told["total_count"] == 1)
+        worker.process.terminate()
+        assert worker.process.wait(30) == 0
+        await until(client, "/controller/workers", lambda told: told["total_count"] == 0, 5)
+        body = {"instance_id": "all"}
+        assert (await ask(client, "POST", "/query_worker_info", json=body)).json()["worker_infos"] == []
+        said = worker.log.read_text()
+        assert "Task was destroyed" not in said
+        assert "Traceback" not in said
+        cluster.start_worker()
 
 
 async def test_it_ends_at_once_although_a_worker_owes_an_answer(lmcache_python: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from lmcache_api.bridge.configuration import HostConfiguration
+from lmcache_api.bridge.configuration import ControllerConfiguration
 from lmcache_api.bridge.manager import HostMetrics, host_periodic_threads, host_version
 from lmcache_api.component import (
     PART_OF_A_CALL,
@@ -31,6 +31,9 @@ from lmcache_shared.placement import CONTROLLER_INDEX, Role
 from lmcache_shared.settings import Settings
 
 T = TypeVar("T")
+
+FRESH = 0.0
+"""How old LMCache's list of workers may be; by itself it tells one of up to 30 seconds ago."""
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -121,7 +124,7 @@ class ManagerController:
                 raise ControllerError(404, f"No workers found for instance {instance_id}")
             infos = instance.get_all_worker_infos()
         else:
-            everyone = registry.get_all_worker_infos_cached()
+            everyone = registry.get_all_worker_infos_cached(FRESH)
             infos = [info for info in everyone if worker_id in (None, info.worker_id)]
         workers = [_told(info, registry.get_worker(info.instance_id, info.worker_id)) for info in infos]
         return {"workers": workers, "total_count": len(workers)}
@@ -146,6 +149,8 @@ class ManagerController:
             asked = fields["old_position"][0]
         elif operation.name == "query_instance":
             fields["ip"] = self._registered_ip(fields["ip"])
+        elif operation.name == "query_worker_info":
+            self._manager.reg_controller.registry.get_all_worker_infos_cached(FRESH)
         if "tokens" in fields:
             fields["tokens"] = fields["tokens"] or []
         prefix = _EVENT_PREFIXES.get(operation.name, operation.name.capitalize())
@@ -311,7 +316,7 @@ class ControllerComponent:
 
     def __init__(self, manager: Any, loop: asyncio.AbstractEventLoop, config: Any, settings: Settings) -> None:
         self.settings = settings
-        self.configuration = HostConfiguration(config)
+        self.configuration = ControllerConfiguration(config, settings)
         self.metrics = ControllerMetrics(loop, settings.internal_api_server_call_seconds * PART_OF_A_CALL)
         self.controller = ManagerController(manager, loop, settings)
         self.script_adapter: object = SimpleNamespace(config=config, lmcache_controller_manager=manager)
