@@ -38,7 +38,7 @@ class Options:
         "The proxy also reaches Unix sockets whose path begins like this; empty: registered nodes alone.",
     )
     route_folder: list[str] | None = setting(None, "Folders whose *_api.py and *_page.py files are served too.")
-    log_level: str = setting("warning", "How much to log: critical, error, warning, info, debug, trace.")
+    log_level: str = setting("warning", "How much to log: critical, error, warning (or warn), info, debug, trace.")
     heartbeat_url: str | None = setting(None, "Report this frontend to the discovery service at this URL.")
     heartbeat_initial_delay: float = setting(
         0.0, "How many seconds to wait before the first heartbeat.", minimum=0, maximum=86400

@@ -214,7 +214,7 @@ async def test_a_new_endpoint_in_a_folder_or_with_chosen_categories(tmp_path: Pa
     app = create_app(EmbeddedComponent(settings, 1), categories=["common"])
     paths = {resource.canonical for resource in app.router.resources()}
     assert {"/made_here", "/metrics", "/version"} <= paths
-    assert not {"/conf", "/cache/clear", "/controller/workers", "/lookup"} & paths
+    assert not {"/backends", "/cache/clear", "/controller/workers", "/lookup"} & paths
 
 
 def test_a_hosts_thread_asks_with_a_plain_client() -> None:
