@@ -32,7 +32,7 @@ from lmcache_frontend.options import ENV_PREFIX, Options, flag_of, read_options
 from lmcache_frontend.server import DRAIN_SECONDS
 from lmcache_shared import config
 from lmcache_shared.errors import OpsError
-from lmcache_shared.placement import place
+from lmcache_shared.placement import CONTROLLER_INDEX, place
 from lmcache_shared.settings import DEFINITIONS as SETTINGS
 from lmcache_shared.settings import EXTRA, Settings
 from tests.e2e.processes import environment, read_until
@@ -776,7 +776,7 @@ def test_the_files_of_etc_fit_together() -> None:
     settings = read_settings((SYSTEMD / "etc" / "lmcache.yaml").read_text())
     file = SYSTEMD / "etc" / "nodes.json"
     nodes = [node for node in read_list(file.read_bytes(), str(file)) if isinstance(node, Node)]
-    placed = [place(settings, index) for index in (0, 1)]
+    placed = [place(settings, index) for index in (0, 1, CONTROLLER_INDEX)]
     assert [(node.name, node.address) for node in nodes] == [(each.name, each.address) for each in placed]
     service = unit((SYSTEMD / UNITS[0]).read_text())["Service"]
     folder = f"/run/{service['RuntimeDirectory']}/"
@@ -856,6 +856,16 @@ def test_the_units_lines_run(tmp_path: Path) -> None:
         assert b'"num_hit_tokens":0' in ask(port, "/proxy2/lmcache_scheduler/cache/lookup?tokens_mock=0,256").replace(
             b" ", b""
         )
+    assert list((tmp_path / "run").glob("socket_*")) == []
+
+    with contextlib.ExitStack() as stack:  # or all in one process, and the controller beside it
+        for instance in ("controller", "all"):
+            stack.enter_context(started(here(exec_line(service, instance)[0]), "serves on"))
+        stack.enter_context(started(here(frontend), "frontend serves on http://127.0.0.1", **environ))
+        deadline = time.monotonic() + 20
+        while b'"worker_id":0' not in (told := ask(port, "/proxy2/lmcache_controller/controller/workers")):
+            assert time.monotonic() < deadline, told
+            time.sleep(0.1)
     assert list((tmp_path / "run").glob("socket_*")) == []
 
 

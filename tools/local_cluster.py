@@ -92,10 +92,18 @@ def _run(options: argparse.Namespace, stop: threading.Event, children: list[Chil
         for child in children:
             child.read()  # or a script that prints would one day wait for room in the pipe
             if child.ended:
-                print(f"make run: {child.name} ended with code {child.process.returncode}", file=sys.stderr)
+                print(f"make run: {child.name} ended with code {_code(child.process.returncode)}", file=sys.stderr)
                 return 1
     print("\nstopped", flush=True)
     return 0
+
+
+def _code(code: int) -> str:
+    """What a program ended with, for people: -9 is a signal."""
+    try:
+        return f"{code} (killed by {signal.Signals(-code).name})" if code < 0 else str(code)
+    except ValueError:
+        return str(code)
 
 
 def _placements(options: argparse.Namespace, settings: Settings) -> list[Placement]:

@@ -35,7 +35,7 @@ class Cluster:
         self.registry = Registry(host=options.host, port=options.port, stale_seconds=options.stale_seconds)
         self.registry.publish("plugin", nodes)
         if options.nodes is not None:
-            self.registry.publish("nodes", read_list(options.nodes.encode("utf-8", "surrogateescape"), "--nodes"))
+            self.registry.publish("nodes", read_list(_bytes(options.nodes), options.place_of("nodes")))
         self.health = HealthBoard(self.registry, interval=options.health_interval)
         self.store = open_store(options.registry, options.port)
         self.by_hand = ByHand(self.registry, self.store)
@@ -78,6 +78,10 @@ class Cluster:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self.registry.tick()
+
+
+def _bytes(argument: str) -> bytes:
+    return argument.encode("utf-8", "surrogateescape")
 
 
 def _sources(options: Options, registry: Registry) -> list[Source]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from yarl import URL
@@ -81,7 +81,7 @@ class Options:
         "The proxy also reaches Unix sockets whose path begins like this; empty: registered nodes alone.",
     )
     route_folder: list[str] | None = setting(None, "Folders whose *_api.py and *_page.py files are served too.")
-    log_level: str = setting("warning", "How much to log: critical, error, warning, info, debug, trace.")
+    log_level: str = setting("warning", "How much to log: critical, error, warning (or warn), info, debug, trace.")
     heartbeat_url: str | None = setting(None, "Report this frontend to the discovery service at this URL.")
     heartbeat_initial_delay: float = setting(
         0.0, "How many seconds to wait before the first heartbeat.", minimum=0, maximum=86400
@@ -91,6 +91,12 @@ class Options:
         None, "The host to report; without one this machine's address on the way to the service."
     )
     no_http: bool = setting(False, "Send heartbeats and serve nothing.")
+
+    places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where the options stand that a source has set, for refusals of what is read later."""
+
+    def place_of(self, name: str) -> str:
+        return self.places.get(name, flag_of(name))
 
 
 DEFINITIONS = definitions_of(Options)
@@ -179,10 +185,11 @@ def make_options(found: Mapping[str, Given]) -> Options:
         ConfigError: a value is not what its option takes; the text names its place.
     """
     options = Options(**{name: convert(*_checkable(name, given)) for name, given in found.items()})
-    options = replace(options, log_level=options.log_level.lower())
+    places = {name: given.place for name, given in found.items()}
+    options = replace(options, log_level=options.log_level.lower(), places=places)
 
     def refuse(name: str, problem: str) -> ConfigError:
-        place = found[name].place if name in found else flag_of(name)
+        place = options.place_of(name)
         return ConfigError(f"{place}{'' if place == flag_of(name) else ':'} {problem}")
 
     if options.log_level not in LOG_LEVELS:

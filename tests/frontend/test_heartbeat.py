@@ -191,6 +191,29 @@ async def test_a_service_that_cannot_be_used_stops_nothing(kind: str, frontend_s
         assert not heartbeat.status()["running"]
 
 
+@pytest.mark.parametrize("answer", ["GET {path} HTTP/1.1\r\n\r\n", "HTTP/1.1 200 OK\r\n{path}\r\n\r\n", ""])
+@pytest.mark.parametrize("user", ["user:hidden%E2%9C%93@", ""])
+async def test_no_failure_tells_what_the_url_holds(answer: str, user: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A service that sends back what it was asked, and aiohttp, which quotes that, or the URL."""
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer.format(path=head.split()[1].decode()).encode())
+        writer.close()
+
+    caplog.set_level(logging.DEBUG, LOGGER)
+    async with serving(Upstream(talk=echo)) as upstream:
+        heartbeat = beating()
+        heartbeat.start(f"http://{user}127.0.0.1:{upstream.port}/x?token=hidden", interval=0.05)
+        while not heartbeat.status()["problem"]:
+            await asyncio.sleep(0.01)
+        status = heartbeat.status()
+        await stopped(heartbeat)
+    assert "hidden" not in f"{caplog.text} {status}"
+    assert "\u2713" not in f"{caplog.text} {status}"
+    assert f"http://127.0.0.1:{upstream.port}/x failed (1 in a row): " in caplog.text
+
+
 async def test_slow_and_huge_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     written = [0]
 

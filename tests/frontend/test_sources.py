@@ -220,7 +220,7 @@ async def test_a_supplier_that_speaks_no_http_or_hangs(monkeypatch: pytest.Monke
         await asyncio.sleep(10)
 
     for upstream, problem in (
-        (Upstream(b"hello secret\r\n\r\n"), "Bad status line"),
+        (Upstream(b"hello secret\r\n\r\n"), "no HTTP that can be used"),
         (Upstream(talk=silent), "no answer within 0.2 seconds"),
     ):
         async with serving(upstream):

@@ -182,18 +182,8 @@ def running_controllers(python: str, folder: Path) -> Iterator[Controllers]:
         for name, port in zip(("one", "two"), worker_ports, strict=True):
             below = folder / name
             below.mkdir()
-            extra = {
-                "lmcache_instance_id": name,
-                "enable_controller": "true",
-                "controller_pull_url": f"127.0.0.1:{pull}",
-                "controller_reply_url": f"127.0.0.1:{reply}",
-                "lmcache_worker_ports": f"[{port}]",
-            }
-            config = _write_config(below, **extra)
-            engine_command = [python, "-m", "lmcache_api", "--engine", "lmcache", "--config", str(config)]
-            engine_environ = lmcache_environ(below, PYTHONPATH=str(ROOT / "src"))
-            engine = stack.enter_context(_started(engine_command, below / "engine.log", environ=engine_environ))
-            sockets.append((engine, below / f"lm_{WORKER_PORT}"))
+            engine = stack.enter_context(starting_worker(python, below, name, pull, reply, port))
+            sockets.append((engine, engine.socket))
         controllers = Controllers(child.process, child.log, theirs, Path(f"{prefix}_9000"), [s for _, s in sockets])
         line = child.process.stdout.readline().decode().strip() if child.process.stdout is not None else ""
         if line != "READY":
@@ -231,6 +221,23 @@ def _serving(python: str, folder: Path, module: str, options: Sequence[str], por
     with _started([python, "-m", module, *options], log, environ=lmcache_environ(folder)) as child:
         child.wait_until(lambda: _answers(port, "/metrics"), seconds=START_SECONDS, what=module)
         yield port
+
+
+@contextlib.contextmanager
+def starting_worker(python: str, folder: Path, instance: str, pull: int, reply: int, port: int) -> Iterator[Engine]:
+    """A standalone engine behind our server; it registers with the controller at these ports and is asked at `port`."""
+    extra = {
+        "lmcache_instance_id": instance,
+        "enable_controller": "true",
+        "controller_pull_url": f"127.0.0.1:{pull}",
+        "controller_reply_url": f"127.0.0.1:{reply}",
+        "lmcache_worker_ports": f"[{port}]",
+    }
+    config = _write_config(folder, **extra)
+    command = [python, "-m", "lmcache_api", "--engine", "lmcache", "--config", str(config)]
+    environ = lmcache_environ(folder, PYTHONPATH=str(ROOT / "src"))
+    with _started(command, folder / "engine.log", environ=environ) as child:
+        yield Engine(child.process, child.log, folder / f"lm_{WORKER_PORT}")
 
 
 def free_ports(count: int) -> list[int]:

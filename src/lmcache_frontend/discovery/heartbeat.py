@@ -21,9 +21,9 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
+from lmcache_frontend.discovery.problems import Refused, reason
 from lmcache_frontend.discovery.version import first_version
 from lmcache_frontend.nodes.registry import Registry
-from lmcache_frontend.proxy.transport import reason
 from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_shared.address import TcpAddress
 
@@ -125,11 +125,8 @@ class Heartbeat:
             await asyncio.wait_for(self._send(url), SEND_SECONDS)
         except asyncio.TimeoutError:
             return f"no answer within {SEND_SECONDS:g} seconds"
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            return reason(error)
         except Exception as error:
-            logger.debug("a heartbeat failed", exc_info=True)
-            return f"{type(error).__name__}: {error}"[:200]
+            return reason(error)
         return None
 
     async def _send(self, url: URL) -> None:
@@ -150,7 +147,7 @@ class Heartbeat:
             session.get(url.update_query(parameters), allow_redirects=False) as response,
         ):
             if not 200 <= response.status < 300:
-                raise ValueError(f"it answers {response.status}")
+                raise Refused(f"it answers {response.status}")
             await response.content.read(MAX_ANSWER_BYTES)
 
     def _note(self, url: URL, problem: str | None) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import select
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from lmcache_frontend.nodes.node import Node, Proxy, read_list, read_usable
@@ -19,6 +23,8 @@ from lmcache_shared.placement import SCHEDULER_INDEX, place, serves
 LOOK_SECONDS = 1.0
 READ_SECONDS = 30.0
 MAX_NODE_FILE_BYTES = 8 << 20
+PIPE_SECONDS = 5.0
+"""For nodes that come through a pipe."""
 
 Read = Callable[[], tuple[list[Node | Proxy], list[str]]]
 
@@ -100,21 +106,45 @@ def lmcache_file(path: str, workers: int, registry: Registry) -> FileSource:
 
 
 def _read_file(path: Path) -> bytes:
+    """What the file holds. It may be a pipe, as a shell makes it; one that nobody writes into is not waited for."""
+    data = bytearray()
+    until = time.monotonic() + PIPE_SECONDS
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_NODE_FILE_BYTES + 1)
+        with _opened(path) as file:
+            while len(data) <= MAX_NODE_FILE_BYTES:
+                if not select.select([file], [], [], max(0.0, until - time.monotonic()))[0]:
+                    raise ConfigError(f"{path}: nobody has written the nodes within {PIPE_SECONDS:g} seconds")
+                with contextlib.suppress(BlockingIOError):
+                    piece = os.read(file, 1 << 20)
+                    if not piece:
+                        return bytes(data)
+                    data += piece
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the nodes: {error.strerror}") from None
-    if len(data) > MAX_NODE_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_NODE_FILE_BYTES} bytes; this is no list of nodes")
-    return data
+    except ValueError:  # a NUL in it
+        raise ConfigError(f"{str(path)!r}: is no path") from None
+    raise ConfigError(f"{path}: larger than {MAX_NODE_FILE_BYTES} bytes; this is no list of nodes")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 def _stamp(path: str) -> tuple[int, int, int] | None:
-    """Another one when the file was written or replaced; a Kubernetes ConfigMap is replaced by its symbolic links."""
+    """Another one when the file was written or replaced; a Kubernetes ConfigMap is replaced by its symbolic links.
+
+    None for a pipe, which is read once.
+    """
     try:
         found = os.stat(path)
     except (OSError, ValueError):
+        return None
+    if not stat.S_ISREG(found.st_mode):
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
 

@@ -11,11 +11,11 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from lmcache_frontend.discovery.problems import Refused, reason
 from lmcache_frontend.nodes.found import MAX_FOUND, found_proxy, read_api_address
 from lmcache_frontend.nodes.node import Proxy
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.sources import Told
-from lmcache_frontend.proxy.transport import reason
 from lmcache_shared.address import is_loopback_host
 from lmcache_shared.errors import AddressError
 
@@ -91,8 +91,8 @@ class SupplierSource:
             proxies, self.problems = _read(body, near=self._near)
         except asyncio.TimeoutError:
             return f"no answer within {ASK_SECONDS:g} seconds"
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            return ascii(reason(error))[1:-1]  # half a character fits into no answer
+        except (aiohttp.ClientError, OSError, ValueError, Refused) as error:
+            return reason(error)
         self._registry.publish(self.name, proxies, lasting=True)
         return None
 
@@ -103,12 +103,12 @@ class SupplierSource:
             session.get(self._url, allow_redirects=False) as response,
         ):
             if response.status != 200:
-                raise ValueError(f"it answers {response.status}")
+                raise Refused(f"it answers {response.status}")
             body = bytearray()
             async for piece in response.content.iter_any():
                 body += piece
                 if len(body) > MAX_ANSWER_BYTES:
-                    raise ValueError(f"it answers more than {MAX_ANSWER_BYTES} bytes")
+                    raise Refused(f"it answers more than {MAX_ANSWER_BYTES} bytes")
             return bytes(body)
 
 
@@ -127,12 +127,12 @@ def _read(body: bytes, *, near: bool) -> tuple[list[Proxy], list[str]]:
         near: the service is on this machine, so that a loopback address of it is meant.
 
     Raises:
-        ValueError: it is no list of a discovery service.
+        Refused: it is no list of a discovery service.
     """
     try:
         infos = msgspec.json.decode(body, type=_Infos).processInfos
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise ValueError(f"it answers no list of a discovery service: {error}") from None
+        raise Refused(f"it answers no list of a discovery service: {error}") from None
     found: dict[str, Proxy] = {}
     problems: list[str] = []
     unusable = too_many = 0
