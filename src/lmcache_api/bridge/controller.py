@@ -180,11 +180,15 @@ class ManagerController:
                 raise ControllerError(
                     503, f"{self._late(instance_id)}: no answer to an earlier operation; try again later"
                 )
-            if self._asking.get(instance_id) is earlier:
-                del self._asking[instance_id]
         asked = asyncio.create_task(self._answer(instance_id, question))
         self._asking[instance_id] = asked
-        asked.add_done_callback(lambda done: done.cancelled() or done.exception())  # looked at, when nobody waits
+
+        def ended(done: asyncio.Task[Any]) -> None:
+            self._asking.pop(instance_id, None)
+            if not done.cancelled():
+                done.exception()  # looked at, when nobody waits
+
+        asked.add_done_callback(ended)
         await asyncio.wait({asked}, timeout=max(0.0, until - loop.time()))
         if not asked.done():
             raise ControllerError(
