@@ -41,7 +41,6 @@ class Cluster:
         self.by_hand = ByHand(self.registry, self.store)
         self.neighbours = Neighbours(self.registry, options.refresh_interval)
         self.discovery = DiscoveryService(self.registry, self.store)
-        self.by_hand.also.append(self.discovery.look)
         self.sources = Sources([*_sources(options, self.registry), self.discovery])
         self._tasks: list[asyncio.Task[None]] = []
 

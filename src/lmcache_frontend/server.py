@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from types import TracebackType
 
 from lmcache_frontend.app import create_app
@@ -100,15 +101,15 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
                 await stop.wait()
             say("stopping")
         return
-    cluster = Cluster(options, nodes)
+    cluster = Cluster(replace(options, registry="memory"), nodes)  # nobody can add any by hand
     heartbeat = _heartbeat(options, cluster)
-    cluster.health.start()
+    cluster.start()
     _start(heartbeat, options)
     say(f"frontend sends heartbeats and serves nothing ({sum(1 for _ in cluster.registry.nodes())} nodes)")
     await stop.wait()
     say("stopping")
     await heartbeat.stop()
-    await cluster.health.close()
+    await cluster.stop()
 
 
 @contextlib.contextmanager

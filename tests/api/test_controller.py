@@ -666,7 +666,8 @@ async def test_an_answer_that_is_a_refusal(here: RunningApi, serve: Serve, handl
     assert told == {0: {"status": "error", "error": why}}
 
 
-async def test_good_answers_of_other_shapes(here: RunningApi, serve: Serve) -> None:
+async def test_good_answers_of_other_shapes(api_server: StartApi, serve: Serve) -> None:
+    here = await api_server("controller", controller_answer_seconds=20)  # a megabyte takes its time on a busy machine
     many = {**FOUND, "spans": [{"start": 0, "end": 512, "chunks": 2, "locations": [CPU], "x": [1]}] * 9000}
     kinds: list[tuple[object, dict[str, Any]]] = [
         ({**FOUND, "spans": [], "num_hit_tokens": 0}, {**HIT, "num_hit_tokens": 0, "location": ""}),

@@ -175,13 +175,13 @@ async def test_nothing_is_changed_while_the_store_is_away(frontend_server: Start
 
 
 async def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by_hand, "MAX_NODES", 3)
+    monkeypatch.setattr(by_hand, "MAX_NODES", 2)
     store = MemoryStore()
     await store.open()
     one = ByHand(registry_of(), store)
     for number in range(2):
         await one.add_node("local_proxy", Node(f"n{number}", "h", 80, tcp_address("h", 80)))
-    with pytest.raises(Refusal, match="3 proxies and nodes are kept by hand already"):
+    with pytest.raises(Refusal, match="3 proxies and nodes would be kept by hand, at most 2 are"):
         await one.add_node("local_proxy", Node("n2", "h", 80, tcp_address("h", 80)))
     await store.close()
 

@@ -44,6 +44,9 @@ class Changing(Registry):
     def proxies(self) -> Iterator[Proxy]:
         return iter([self._found])
 
+    def node(self, proxy: str, name: str) -> Node | None:
+        return next((node for node in self._found.nodes if proxy == "p" and node.name == name), None)
+
 
 def node(port: int | str, name: str = "n", host: str = "127.0.0.1") -> Node:
     return Node(name, host, port, from_node(host, port))

@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 
 from lmcache_frontend.nodes.found import MAX_FOUND, SCHEME, found_proxy, read_api_address
+from lmcache_frontend.nodes.node import Proxy
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.sources import Told
 from lmcache_frontend.nodes.stores import Store, StoreAway
@@ -32,8 +33,11 @@ BACK_SECONDS = 200.0
 LOOK_SECONDS = 5.0
 """How often it is looked who is silent."""
 
-NEWS_SECONDS = 1.0
-"""However many heartbeats others keep, the store is read no more often than this."""
+NEWS_SECONDS = 0.5
+"""How often the store is asked whether others have kept heartbeats; it is read no more often than this."""
+
+PUBLISH_SECONDS = 0.25
+"""Many who report for the first time at once are published together."""
 
 READ_SECONDS = 30.0
 """The store is read again after so long, whether it tells of a change or not."""
@@ -90,7 +94,13 @@ class DiscoveryService:
         self._pardoned_until = 0.0
         self._last_heard = 0.0
         """Who was heard of after this is pardoned."""
-        self._news = asyncio.Event()
+        self._proxies: dict[str, Proxy] = {}
+        """By their addresses; reading those of a thousand at each change would take a while."""
+        self._published = 0.0
+        self._made_known = 0.0
+        """When somebody new was published at once, the last time."""
+        self._publishing: asyncio.TimerHandle | None = None
+        self._again = False
         self._told = Told(self.name, self.place)
 
     async def keep(self, beat: Beat) -> None:
@@ -111,39 +121,37 @@ class DiscoveryService:
                 raise Full
         self._reports[beat.api_address] = report
         if beat.api_address not in self._alive:
-            self._publish()
+            self._publish_soon()
 
     def since(self, seconds: float = KEEP_SECONDS) -> dict[str, Report]:
         """The last heartbeat of every frontend that sent one in the last so many seconds, by its address."""
         earliest = time.time() - min(seconds, KEEP_SECONDS)
         return {address: report for address, report in sorted(self._reports.items()) if report.reported >= earliest}
 
-    async def look(self) -> None:
-        """The store may have changed."""
-        self._news.set()
-
     async def run(self) -> None:
-        while True:
-            try:
-                await self._read()
-                self._note(None)
-            except StoreAway as away:
-                self._note(away)
-            await asyncio.sleep(NEWS_SECONDS)
-            unread = NEWS_SECONDS
-            while not await self._is_news(LOOK_SECONDS) and unread < READ_SECONDS:
-                unread += LOOK_SECONDS
-                self._publish()
+        mark: str | None = None
+        read = -READ_SECONDS
+        try:
+            while True:
+                try:
+                    now = time.monotonic()
+                    before, mark = mark, await self._store.reports_mark()
+                    if mark != before or self._again or now - read >= READ_SECONDS:
+                        self._again, read = False, now
+                        await self._read()
+                    elif now - self._published >= LOOK_SECONDS:
+                        self._publish()
+                    self._note(None)
+                except StoreAway as away:
+                    mark = None
+                    self._note(away)
+                await asyncio.sleep(NEWS_SECONDS)
+        finally:
+            if self._publishing is not None:
+                self._publishing.cancel()
 
     def reload(self) -> None:
-        self._news.set()
-
-    async def _is_news(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._news.wait(), seconds)
-        except asyncio.TimeoutError:
-            return False
-        return True
+        self._again = True
 
     def _note(self, away: StoreAway | None) -> None:
         now = time.time()
@@ -155,7 +163,6 @@ class DiscoveryService:
         self._told.tell(self.problems)
 
     async def _read(self) -> None:
-        self._news.clear()
         began = time.time()
         found = {}
         for address, text in (await self._store.reports()).items():
@@ -173,7 +180,21 @@ class DiscoveryService:
         now = time.time()
         alive = self.since(ALIVE_SECONDS if now >= self._pardoned_until else now - self._last_heard)
         self._alive = frozenset(alive)
-        self._registry.publish(self.name, [found_proxy(read_api_address(address)) for address in alive], lasting=True)
+        self._proxies = {address: self._proxies.get(address) or _proxy_at(address) for address in alive}
+        self._published = time.monotonic()
+        self._registry.publish(self.name, self._proxies.values(), lasting=True)
+
+    def _publish_soon(self) -> None:
+        pause = self._made_known + PUBLISH_SECONDS - time.monotonic()
+        if pause <= 0:
+            self._publish_now()
+        elif self._publishing is None:
+            self._publishing = asyncio.get_running_loop().call_later(pause, self._publish_now)
+
+    def _publish_now(self) -> None:
+        self._publishing = None
+        self._made_known = time.monotonic()
+        self._publish()
 
     async def _report(self, address: str, report: Report, seconds: float) -> bool:
         text = msgspec.json.encode(report).decode()
@@ -195,6 +216,10 @@ class DiscoveryService:
         await self._report(address, report, 0.001)
         self._reports.pop(address, None)
         await asyncio.sleep(0.002)
+
+
+def _proxy_at(address: str) -> Proxy:
+    return found_proxy(read_api_address(address))
 
 
 def _report_of(address: str, text: str) -> Report | None:

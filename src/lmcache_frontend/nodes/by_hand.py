@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import msgspec
 
 from lmcache_frontend.nodes.node import LOCAL_PROXY, MAX_NODES, Node, Proxy, read_one
 from lmcache_frontend.nodes.registry import NEIGHBOURS, Known, Name, Registry
-from lmcache_frontend.nodes.stores import Change, Store, StoreAway
+from lmcache_frontend.nodes.stores import Change, Store, StoreAway, StoreUncertain
 from lmcache_shared.errors import ConfigError, Refusal
 
 logger = logging.getLogger(__name__)
@@ -44,8 +46,6 @@ class ByHand:
         self.problem: str | None = "it has not been read yet"
         self.loaded = False
         """Whether the store has been read at least once."""
-        self.also: list[Callable[[], Awaitable[None]]] = []
-        """Called, too, when the store may have changed."""
         self._registry = registry
         self._store = store
         self._records: dict[str, str] = {}
@@ -61,8 +61,6 @@ class ByHand:
         while True:
             try:
                 await self.read()
-                for call in self.also:
-                    await call()
                 unread = 0.0
                 while unread < READ_AGAIN_SECONDS and not await self._store.changed(WATCH_SECONDS):
                     unread += WATCH_SECONDS
@@ -221,16 +219,35 @@ class ByHand:
         return [*changes, self._put((known.proxy, entry.name), entry)]
 
     def _adopt(self, proxy: Proxy) -> list[Change]:
-        """A proxy that has a node by hand stays, though its source may stop telling of it."""
-        return [] if proxy.name == LOCAL_PROXY or _key(proxy.name) in self._records else [self._put(proxy.name, proxy)]
+        """A proxy that has a node by hand stays, though its source may stop telling of it.
+
+        Its record is another one after every such change, so that of somebody who removes it at the same time and
+        somebody who gives it a node one comes second, and knows.
+        """
+        if proxy.name == LOCAL_PROXY:
+            return []
+        key = _key(proxy.name)
+        before = self._records.get(key)
+        after = _Record(
+            proxy.name, proxy.host, proxy.port, over=self._lies_over(proxy.name), change=_number(before) + 1
+        )
+        return [Change(key, before, after.text())]
 
     def _take_away(self, name: Name) -> Change:
         key = _key(name)
-        return Change(key, self._records.get(key), _REMOVED if self._registry.is_discovered(name) else None)
+        return Change(key, self._records.get(key), _REMOVED if self._lies_over(name) else None)
 
     def _put(self, name: Name, entry: Node | Proxy | None) -> Change:
         key = _key(name)
-        return Change(key, self._records.get(key), None if entry is None else _record(entry))
+        before = self._records.get(key)
+        if entry is None:
+            return Change(key, before, None)
+        after = _Record(entry.name, entry.host, entry.port, over=self._lies_over(name), change=_number(before) + 1)
+        return Change(key, before, after.text())
+
+    def _lies_over(self, name: Name) -> bool:
+        """Whether a source knows this name, now, or did when the record was written."""
+        return self._registry.is_discovered(name) or _read_record(self._records.get(_key(name))).over
 
     async def _apply(self, work_out: Callable[[], Sequence[Change]]) -> None:
         try:
@@ -240,15 +257,17 @@ class ByHand:
                 for _ in range(TRIES):
                     changes = [change for change in work_out() if change.before != change.after]
                     after = {**self._records, **{change.key: change.after for change in changes}}
-                    if sum(text is not None for text in after.values()) > MAX_NODES:
-                        raise Refusal(409, f"{MAX_NODES} proxies and nodes are kept by hand already; remove some")
+                    count = sum(text is not None for key, text in after.items() if key != IDENTITY)
+                    if count > MAX_NODES:
+                        raise Refusal(409, f"{count} proxies and nodes would be kept by hand, at most {MAX_NODES} are")
                     if not changes or await self._store.apply(changes):
                         self._take({key: text for key, text in after.items() if text is not None})
                         return
                     await self._read()
         except StoreAway as away:
             self.note(away)
-            raise Refusal(503, f"nothing was changed: {away}", {"Retry-After": "1"}) from None
+            known = "" if isinstance(away, StoreUncertain) else "nothing was changed: "
+            raise Refusal(503, f"{known}{away}", {"Retry-After": "1"}) from None
         raise Refusal(409, "others change the same nodes at the same time; try again")
 
     async def _read(self) -> None:
@@ -258,7 +277,8 @@ class ByHand:
                 records[IDENTITY] = self._registry.identity
             else:
                 records = await self._store.read()
-        self._take(records)
+        if records != self._records or not self.loaded:
+            self._take(records)
         self.note(None)
 
     def _take(self, records: dict[str, str]) -> None:
@@ -317,8 +337,34 @@ def _entries(records: dict[str, str]) -> _Found:
     return _Found(proxies, hidden)
 
 
-def _record(entry: Node | Proxy) -> str:
-    return json.dumps({"name": entry.name, "host": entry.host, "port": entry.port}, separators=(",", ":"))
+class _Record(msgspec.Struct, omit_defaults=True):
+    """A proxy or node as it is kept.
+
+    Attributes:
+        over: it lies over a discovered one, which would be seen again without it.
+        change: counts the changes of this record.
+    """
+
+    name: str = ""
+    host: str = ""
+    port: int | str = ""
+    over: bool = False
+    change: int = 0
+
+    def text(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+
+def _read_record(text: str | None) -> _Record:
+    """What a record says; of one that nobody here wrote nothing."""
+    try:
+        return msgspec.json.decode(text or "{}", type=_Record)
+    except (msgspec.DecodeError, RecursionError, UnicodeError):
+        return _Record()
+
+
+def _number(text: str | None) -> int:
+    return min(max(_read_record(text).change, 0), 1 << 31)
 
 
 def _key(name: Name) -> str:

@@ -123,7 +123,11 @@ class Neighbours:
         for name, head in heads.items():
             asked = self._asked.setdefault(name, _Asked(head, now))
             if asked.head.address != head.address:
-                asked.due, asked.is_self = now, False
+                # What the former address told is not what this one has.
+                if asked.task is not None:
+                    asked.task.cancel()
+                self._registry.forget_neighbours(name)
+                asked = self._asked[name] = _Asked(head, now)
             asked.head = head
             if asked.due <= now and (asked.task is None or asked.task.done()):
                 # Spread, so that many proxies that came together are not asked together for ever.
@@ -142,8 +146,12 @@ class Neighbours:
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 asked.problem = ascii(reason(error))[1:-1]  # half a character fits into no answer
                 return
+        if self._asked.get(head.name) is not asked or asked.head.address != head.address:
+            return  # it has another address by now
         if answer is None:
             asked.problem = None if head.found else "it is no frontend: it has no /api/nodes"
+            if head.found:
+                self._registry.publish_neighbours(head.name, ())
             return
         asked.problem = None
         asked.is_self = answer.frontend == self._registry.identity

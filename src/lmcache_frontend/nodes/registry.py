@@ -117,6 +117,11 @@ class Registry:
         found = {(proxy, node.name): replace(node, source=NEIGHBOURS) for node in nodes}
         self._lay(layer, {}, found, lasting=True)
 
+    def forget_neighbours(self, proxy: str) -> None:
+        """A proxy has another address: what it told of at the former one is nothing."""
+        if self._neighbours.pop(proxy, None) is not None:
+            self._changed()
+
     def publish_selves(self, proxies: Iterable[str]) -> None:
         """The proxies that turned out to be this frontend; they are not shown."""
         selves = frozenset(proxies)
@@ -265,14 +270,25 @@ class Registry:
 
     def _merged_heads(self) -> dict[str, Proxy]:
         heads = {LOCAL_PROXY: self._itself}
+        own = {
+            node.address for layer in self._layers.values() for key, node in layer.nodes.items() if key[0] == LOCAL_PROXY
+        }
         for layer in self._layers.values():
             for name, head in layer.heads.items():
-                if name not in self._hidden and name not in self._selves:
-                    heads.setdefault(name, head)
+                if name in self._hidden or name in self._selves:
+                    continue
+                if head.found and head.address in own and not self._tells(name):
+                    continue  # this frontend's own node, found a second time
+                heads.setdefault(name, head)
         for name, head in self._layers[BY_HAND].heads.items():
             if name in heads:
                 heads[name] = replace(head, found=heads[name].found and heads[name].address == head.address)
         return heads
+
+    def _tells(self, proxy: str) -> bool:
+        """Whether a proxy has told of nodes."""
+        told = self._neighbours.get(proxy)
+        return told is not None and bool(told.nodes)
 
     def _merged_nodes(self, heads: dict[str, Proxy]) -> dict[str, dict[str, Node]]:
         found: dict[str, dict[str, Node]] = {name: {} for name in heads}
@@ -292,8 +308,7 @@ class Registry:
                 chosen = by_hand.get(key, node)
                 found[proxy][name] = replace(chosen, via=_way(heads[proxy], chosen))
         for proxy, head in heads.items():
-            told = self._neighbours.get(proxy)
-            if head.found and not (told and told.nodes) and (proxy, proxy) not in self._hidden:
+            if head.found and not self._tells(proxy) and (proxy, proxy) not in self._hidden:
                 itself = Node(head.name, head.host, head.port, head.address, source=head.source, stale=head.stale)
                 found[proxy].setdefault(head.name, itself)
         return found

@@ -48,32 +48,46 @@ class FileSource:
         self._path = path
         self._read = read
         self._registry = registry
-        self._pool = BlockingPool(f"{name}-source", threads=1, waiting=1)
         self._now = asyncio.Event()
         self._told = Told(name, path)
         self._seen = _stamp(path)
         self._publish(*read())
 
     async def run(self) -> None:
-        while True:
-            try:
-                stamp = await self._pool.run(lambda: _stamp(self._path), seconds=READ_SECONDS, what=self._path)
-                if stamp != self._seen or self._now.is_set():
-                    self._now.clear()
-                    entries, problems = await self._pool.run(self._read, seconds=READ_SECONDS, what=self._path)
-                    self._seen = stamp
-                    self._publish(entries, problems)
-            except (ConfigError, Refusal) as error:
-                self._seen = stamp if isinstance(error, ConfigError) else self._seen
-                self.problems = [str(error) if isinstance(error, ConfigError) else str(error.detail)]
-                self._told.tell(self.problems)
-            await _wait(self._now, LOOK_SECONDS)
+        pool = BlockingPool(f"{self.name}-source", threads=1, waiting=1)
+        try:
+            while True:
+                await self._look(pool)
+                await _wait(self._now, LOOK_SECONDS)
+        finally:
+            pool.close()
 
     def reload(self) -> None:
         self._now.set()
 
+    async def _look(self, pool: BlockingPool) -> None:
+        """Read the file, if it is another one or somebody wants it."""
+        stamp = None
+        try:
+            stamp = await pool.run(lambda: _stamp(self._path), seconds=READ_SECONDS, what=self._path)
+            if stamp != self._seen or self._now.is_set():
+                entries, problems = await pool.run(self._read, seconds=READ_SECONDS, what=self._path)
+                self._seen = stamp
+                self._publish(entries, problems)
+                self._now.clear()
+        except ConfigError as error:
+            self._seen = stamp
+            self._now.clear()
+            self._tell([str(error)])
+        except Refusal as late:  # the disk; it is tried again
+            self._tell([str(late.detail)])
+            await asyncio.sleep(LOOK_SECONDS)
+
     def _publish(self, entries: list[Node | Proxy], problems: list[str]) -> None:
         self._registry.publish(self.name, entries)
+        self._tell(problems)
+
+    def _tell(self, problems: Sequence[str]) -> None:
         self.problems = problems
         self._told.tell(problems)
 

@@ -21,6 +21,10 @@ class StoreAway(OpsError):
     """
 
 
+class StoreUncertain(StoreAway):
+    """Whether a change is kept is not known."""
+
+
 @dataclass(frozen=True)
 class Change:
     """What becomes of one record; a change counts only when `before` holds."""
@@ -57,14 +61,15 @@ class Store(Protocol):
         """Make all the changes or none; false when some `before` does not hold: somebody else was quicker.
 
         Raises:
-            StoreAway: the changes cannot be kept. None was made, unless the text says that this is not known.
+            StoreAway: the changes cannot be kept; none was made.
+            StoreUncertain: whether they were made is not known.
         """
 
     async def changed(self, seconds: float) -> bool:
-        """Wait, at most so long, until records or reports may have changed; whether they may have.
+        """Wait, at most so long, until records may have changed; whether they may have.
 
         Counted from the last time that this said so, or else from `open`: what is changed between two calls is not
-        missed. Changes through this object count too. That a report is forgotten because of its age does not.
+        missed. Changes through this object count too.
 
         Raises:
             StoreAway: it cannot be asked. This may come at once, so whoever asks in a loop pauses.
@@ -75,6 +80,13 @@ class Store(Protocol):
 
         Raises:
             StoreAway: it cannot be kept.
+        """
+
+    async def reports_mark(self) -> str:
+        """Another one whenever reports have changed; that one is forgotten because of its age does not count.
+
+        Raises:
+            StoreAway: it cannot be asked.
         """
 
     async def reports(self) -> dict[str, str]:

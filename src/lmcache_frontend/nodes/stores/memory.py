@@ -52,11 +52,10 @@ class MemoryStore:
 
     async def report(self, key: str, value: str, *, keep_seconds: float, limit: int) -> bool:
         refuse_unkeepable(self.description, [(key, value)])
-        former = self._reports.get(key)
-        kept = self._reports.keep(key, value, keep_seconds=keep_seconds, limit=limit)
-        if kept and former != value:
-            self._news.tell()
-        return kept
+        return self._reports.keep(key, value, keep_seconds=keep_seconds, limit=limit)
+
+    async def reports_mark(self) -> str:
+        return str(self._reports.revision)
 
     async def reports(self) -> dict[str, str]:
         return self._reports.all()
@@ -71,11 +70,8 @@ class Reports:
     def __init__(self) -> None:
         self._kept: dict[str, tuple[str, float]] = {}
         self._earliest_end = float("inf")
-
-    def get(self, key: str) -> str | None:
-        self._forget()
-        found = self._kept.get(key)
-        return None if found is None else found[0]
+        self.revision = 0
+        """Another one whenever a report has come."""
 
     def keep(self, key: str, value: str, *, keep_seconds: float, limit: int) -> bool:
         """Keep it; false when `limit` other keys are kept already."""
@@ -84,6 +80,7 @@ class Reports:
             return False
         end = time.monotonic() + keep_seconds
         self._kept[key] = (value, end)
+        self.revision += 1
         self._earliest_end = min(self._earliest_end, end)
         return True
 

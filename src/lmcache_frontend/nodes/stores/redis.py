@@ -41,7 +41,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from lmcache_frontend.nodes.stores import Change, StoreAway
+from lmcache_frontend.nodes.stores import Change, StoreAway, StoreUncertain
 from lmcache_frontend.nodes.stores.bounds import (
     MAX_KEY_BYTES,
     MAX_RECORDS,
@@ -129,6 +129,7 @@ class RedisStore:
         self._mark = PREFIX + "mark"
         self._reports = PREFIX + "reports"
         self._report_ends = PREFIX + "report-ends"
+        self._reports_mark = PREFIX + "reports-mark"
         self._channel = f"{PREFIX}changed:{place.database}"  # channels are those of all databases
         self._readable_records = Readable(self.description, "records")
         self._readable_reports = Readable(self.description, "reports")
@@ -138,7 +139,7 @@ class RedisStore:
         self._closed = False
 
     async def open(self) -> None:
-        self._told = await self._current_mark()
+        self._told = await self._current_mark(self._mark)
 
     async def read(self) -> dict[str, str]:
         bounds = (MAX_RECORDS, MAX_KEY_BYTES, MAX_VALUE_BYTES, MAX_TOTAL_BYTES)
@@ -151,13 +152,16 @@ class RedisStore:
 
     async def report(self, key: str, value: str, *, keep_seconds: float, limit: int) -> bool:
         refuse_unkeepable(self.description, [(key, value)])
-        keys = [self._reports, self._report_ends, self._mark]
+        keys = [self._reports, self._report_ends, self._reports_mark]
         milliseconds = max(1, int(keep_seconds * 1000))
         most = min(limit, MAX_RECORDS)
-        answer = await self._run(REPORT, keys, key, value, milliseconds, most, uuid.uuid4().hex, self._channel)
+        answer = await self._run(REPORT, keys, key, value, milliseconds, most, uuid.uuid4().hex)
         if answer not in (0, 1):
             raise self._strange()
         return bool(answer)
+
+    async def reports_mark(self) -> str:
+        return (await self._current_mark(self._reports_mark) or b"").decode("ascii", "replace")
 
     async def apply(self, changes: Sequence[Change]) -> bool:
         refuse_unkeepable_changes(self.description, changes)
@@ -172,7 +176,7 @@ class RedisStore:
                 now = await self._clock(within=_at_most(until - loop.time()))
             except StoreAway as away:
                 if not lost:
-                    raise StoreAway(f"{away}; nothing was changed") from None
+                    raise StoreAway(str(away)) from None
                 problem = away
             else:
                 # Redis told its time before we know it, so on our clock this is `until` or earlier
@@ -185,11 +189,11 @@ class RedisStore:
                     lost, problem = True, away
                 except _Refused as away:
                     if not lost:
-                        raise StoreAway(f"{away}; nothing was changed") from None
+                        raise StoreAway(str(away)) from None
                     problem = away
             if loop.time() + AGAIN_SECONDS >= until:
                 await asyncio.sleep(max(0.0, until - loop.time()))  # later no script of this change runs any more
-                raise StoreAway(f"{problem}; whether the change is kept could not be found out")
+                raise StoreUncertain(f"{problem}; whether the change is kept could not be found out")
             await asyncio.sleep(AGAIN_SECONDS)
 
     async def changed(self, seconds: float) -> bool:
@@ -197,7 +201,7 @@ class RedisStore:
         until = loop.time() + seconds
         while True:
             listener = await self._listening()  # before the mark is asked for: nothing falls in between
-            mark = await self._current_mark()
+            mark = await self._current_mark(self._mark)
             if mark != self._told:
                 self._told = mark
                 return True
@@ -249,8 +253,8 @@ class RedisStore:
 
     # what others change
 
-    async def _current_mark(self) -> bytes | None:
-        answer = await self._ask(self._command("GETRANGE", self._mark, 0, 63))
+    async def _current_mark(self, key: str) -> bytes | None:
+        answer = await self._ask(self._command("GETRANGE", key, 0, 63))
         return answer if isinstance(answer, bytes) and answer else None
 
     async def _listening(self) -> PubSub | None:

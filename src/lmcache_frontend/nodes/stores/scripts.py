@@ -86,7 +86,7 @@ return 'kept'
 
 REPORT = Script(
     f"""
--- KEYS: reports, when they end, mark.  ARGV: key, value, for how many ms, most others, the mark, channel
+-- KEYS: reports, when they end, mark.  ARGV: key, value, for how many ms, most others, the mark
 {_CLOCK}
 repeat
   local over = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'LIMIT', 0, 500)
@@ -104,10 +104,7 @@ redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1])
 for i = 1, 2 do  -- when no frontend is left, the reports go too
   if redis.call('PTTL', KEYS[i]) < tonumber(ARGV[3]) then redis.call('PEXPIRE', KEYS[i], ARGV[3]) end
 end
-if former ~= ARGV[2] then
-  redis.call('SET', KEYS[3], ARGV[5])
-  redis.pcall('PUBLISH', ARGV[6], ARGV[5])
-end
+if former ~= ARGV[2] then redis.call('SET', KEYS[3], ARGV[5]) end
 return 1
 """
 )

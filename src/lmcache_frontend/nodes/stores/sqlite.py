@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
-from lmcache_frontend.nodes.stores import Change, StoreAway
+from lmcache_frontend.nodes.stores import Change, StoreAway, StoreUncertain
 from lmcache_frontend.nodes.stores.bounds import (
     MAX_KEY_BYTES,
     MAX_RECORDS,
@@ -101,8 +101,8 @@ class SqliteStore:
             done = await self._call(lambda file: file.apply(changes, consent))
         except _Late as late:
             if consent.withdraw():
-                raise StoreAway(f"{late}; nothing was changed") from None
-            raise StoreAway(f"{late}; whether the change is kept is not known") from None
+                raise StoreAway(str(late)) from None
+            raise StoreUncertain(f"{late}; whether the change is kept is not known") from None
         if done:
             self._news.tell()
         return done
@@ -121,11 +121,10 @@ class SqliteStore:
 
     async def report(self, key: str, value: str, *, keep_seconds: float, limit: int) -> bool:
         refuse_unkeepable(self.description, [(key, value)])
-        former = self._reports.get(key)
-        kept = self._reports.keep(key, value, keep_seconds=keep_seconds, limit=limit)
-        if kept and former != value:
-            self._news.tell()
-        return kept
+        return self._reports.keep(key, value, keep_seconds=keep_seconds, limit=limit)
+
+    async def reports_mark(self) -> str:
+        return str(self._reports.revision)
 
     async def reports(self) -> dict[str, str]:
         return self._reports.all()
