@@ -235,8 +235,9 @@ def url_problem(text: str) -> str | None:
     """Why nothing can be asked at this URL. It may hold a password, so it is not repeated."""
     try:
         url = URL(text)
+        host, port = url.host, url.port  # a name that is none (IDNA) is only found here
     except ValueError:
         return "expected a URL such as http://host:port/path"
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not host or not port:
         return "expected a URL that begins with http:// or https:// and a host"
     return None

@@ -26,6 +26,9 @@ _HOST_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?", re.AS
 _SCOPE = re.compile(r"[A-Za-z0-9_.-]{1,63}", re.ASCII)
 """An IPv6 scope such as `eth0`; without this check it could hold a second host (RFC 6874)."""
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+"""The kernel takes all but NUL; in a log they would be lines and colours of somebody else's choice."""
+
 _DIGITS = re.compile(r"[0-9]{1,5}", re.ASCII)
 
 
@@ -148,12 +151,12 @@ def unix_address(path: str) -> UnixAddress:
     """A checked socket path.
 
     Raises:
-        AddressError: not absolute, a NUL in it, or longer than the kernel takes.
+        AddressError: not absolute, a control character in it, or longer than the kernel takes.
     """
     if not path.startswith("/"):
         raise AddressError(f"{path[:300]!r}: the path of a Unix socket starts with /")
-    if "\0" in path:
-        raise AddressError(f"{path[:300]!r}: the path of a Unix socket has no NUL character")
+    if _CONTROL.search(path):
+        raise AddressError(f"{path[:300]!r}: the path of a Unix socket has no control characters")
     try:
         size = len(os.fsencode(path))
     except UnicodeEncodeError:

@@ -11,7 +11,7 @@ import pytest
 
 from lmcache_frontend.nodes import by_hand
 from lmcache_frontend.nodes.by_hand import ByHand
-from lmcache_frontend.nodes.node import Node
+from lmcache_frontend.nodes.node import Node, Proxy
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.stores import StoreAway
 from lmcache_frontend.nodes.stores.memory import MemoryStore
@@ -76,12 +76,12 @@ async def test_a_discovered_node_that_is_removed_stays_away_until_it_is_restored
     assert await names(frontend) == {}
     _, told = await call(frontend, "GET", "/api/sources")
     assert told["removed"] == [{"proxy": "local_proxy", "node": "n1"}, {"proxy": "p2"}]
-    assert told["sources"][-1] == {"name": "hand", "place": "memory", "problems": []}
+    assert {"name": "hand", "place": "memory", "problems": []} in told["sources"]
     for name in ("n1", "p2"):
         assert (await call(frontend, "POST", f"/api/nodes/{name}/restore"))[0] == 200
     assert await names(frontend) == {"local_proxy": ["n1"], "p2": ["w"]}
     status, body = await call(frontend, "POST", "/api/nodes/n1/restore")
-    assert (status, body["detail"]) == (404, "no discovered proxy or node named 'n1' was removed by hand")
+    assert (status, body["detail"]) == (404, "no discovered proxy or node named 'n1' was changed or removed by hand")
 
 
 async def test_a_proxy_that_is_renamed_takes_its_nodes_along(frontend_server: StartFrontend) -> None:
@@ -206,3 +206,94 @@ async def test_nodes_survive_a_restart(frontend_server: StartFrontend, tmp_path:
     again = await frontend_server(registry=kept)
     assert await names(again) == {"local_proxy": ["n1"], "p2": []}
     assert again.server.cluster.registry.identity == first.server.cluster.registry.identity
+
+
+async def test_a_change_is_told_and_can_be_taken_back(frontend_server: StartFrontend) -> None:
+    frontend = await frontend_server(nodes=[N1])
+    assert (await call(frontend, "PUT", "/api/nodes/n1", json={**N1, "port": "/run/other.sock"}))[0] == 200
+    _, told = await call(frontend, "GET", "/api/sources")
+    assert (told["changed"], told["removed"]) == ([{"proxy": "local_proxy", "node": "n1"}], [])
+    assert (await call(frontend, "POST", "/api/nodes/n1/restore"))[0] == 200
+    assert await call(frontend, "GET", "/api/proxies/local_proxy/nodes") == (200, {"nodes": [N1]})
+
+
+async def test_removed_while_its_source_is_silent(frontend_server: StartFrontend, tmp_path: Path) -> None:
+    """The record remembers that it lies over a discovered one."""
+    kept = f"sqlite:{tmp_path}/nodes.db"
+    first = await frontend_server(registry=kept, nodes=[{**P2, "nodes": []}])
+    assert (await call(first, "PUT", "/api/nodes/p2", json={**P2, "port": "2"}))[0] == 200
+    await first.server.stop()
+    again = await frontend_server(registry=kept)  # whoever told of it has not done so yet
+    assert (await call(again, "DELETE", "/api/nodes/p2"))[0] == 200
+    again.server.cluster.registry.publish("nodes", entries({**P2, "nodes": []}))
+    assert await names(again) == {}
+
+
+async def test_a_proxy_that_is_removed_while_it_is_given_a_node() -> None:
+    """Either the node is there with its proxy, or neither is."""
+    (node,) = entries(N1)
+    (head,) = entries({**P2, "nodes": []})
+    assert isinstance(node, Node)
+    assert isinstance(head, Proxy)
+    for _ in range(20):
+        store = SlowStore()
+        one, other = (ByHand(registry_of(), store) for _ in range(2))
+        await one.add_proxy(head)
+        await other.read()
+        added, removed = await asyncio.gather(one.add_node("p2", node), other.remove("p2"), return_exceptions=True)
+        assert removed is True
+        assert added is None or (isinstance(added, Refusal) and added.status == 404)
+        assert [key for key in await store.read() if key != "identity"] == []
+
+
+class SlowStore(MemoryStore):
+    """Somebody else has a turn in the middle."""
+
+    async def read(self) -> dict[str, str]:
+        found = await super().read()
+        await asyncio.sleep(0)
+        return found
+
+    async def apply(self, changes: Any) -> bool:
+        await asyncio.sleep(0)
+        return await super().apply(changes)
+
+
+async def test_who_waits_behind_a_store_that_does_not_answer_fails_with_it() -> None:
+    class Hanging(MemoryStore):
+        calls = 0
+
+        async def apply(self, changes: Any) -> bool:
+            self.calls += 1
+            if self.calls > 1:  # the first one keeps the identity
+                await asyncio.sleep(0.2)
+                raise StoreAway("locked")
+            return await super().apply(changes)
+
+    store = Hanging()
+    one = ByHand(registry_of(), store)
+    await one.read()
+    (node,) = entries(N1)
+    assert isinstance(node, Node)
+    results = await asyncio.gather(*(one.add_node("local_proxy", node) for _ in range(20)), return_exceptions=True)
+    assert {str(result) for result in results} == {"503: nothing was changed: locked"}
+    assert store.calls == 2
+
+
+async def test_a_record_under_anothers_key_is_passed_over() -> None:
+    registry = Registry(host="h", port=1)
+    one = ByHand(registry, MemoryStore())
+    one._take({'["local_proxy","k1"]': json.dumps({**N1, "name": "k2"})})
+    assert list(registry.nodes()) == []
+
+
+async def test_a_store_that_comes_back_with_less_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    store = MemoryStore()
+    one = ByHand(registry_of(), store)
+    (node,) = entries(N1)
+    assert isinstance(node, Node)
+    await one.add_node("local_proxy", node)
+    one.note(StoreAway("gone"))
+    store._records.clear()
+    await one.read()
+    assert "can be used again, with 1 records where 2 were" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from aiohttp.test_utils import TestServer
 
 from lmcache_api.pytest_plugin import StartApi
 from lmcache_frontend.nodes import neighbours
+from lmcache_frontend.nodes.node import Proxy
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
+from lmcache_shared.address import TcpAddress
 
 
 def proxy(name: str, frontend: RunningFrontend) -> dict[str, Any]:
@@ -177,7 +180,13 @@ FAR_ANSWERS: list[tuple[str, list[str], str | None]] = [
     ('{"nodes": [{"name": "a", "host": "h", "port": 1, "path": "/api/nodes"}]}', [], None),
     ('{"nodes": [{"name": "a\\u0000", "host": "h", "port": 1}]}', [], None),
     ('{"nodes": [{"name": "a", "host": "h h", "port": 1}]}', [], None),
-    ('{"nodes": [{"name": "a", "host": "h", "port": 1, "through": ["1","2","3","4","5","6","7","8","9"]}]}', [], None),
+    (
+        '{"frontend": "x", "nodes": [{"name": "a", "host": "h", "port": 1, "through": ["'
+        + '","'.join("123456789")
+        + '"]}]}',
+        [],
+        None,
+    ),
     ('{"nodes": 7}', [], "it is no frontend: it has no /api/nodes"),
     ("<html>", [], "it is no frontend: it has no /api/nodes"),
     ("[" * 100_000, [], "it is no frontend: it has no /api/nodes"),
@@ -228,3 +237,151 @@ async def test_a_slow_proxy_holds_nobody_up(frontend_server: StartFrontend, monk
         await until(lambda: names(near) == {"slow": [], "far": ["w"]})
         status, body = await answer(near, "/api/proxies/slow/refresh")
         assert (status, "no answer within 0.3 seconds" in body["detail"]) == (502, True)
+
+
+async def far(answer: object, stack: contextlib.AsyncExitStack, seconds: float = 0.0) -> int:
+    """The port of somebody who answers `/api/nodes` so."""
+    body = answer if isinstance(answer, str) else json.dumps(answer)
+
+    async def nodes(_: web.Request) -> web.Response:
+        await asyncio.sleep(seconds)
+        return web.Response(text=body, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_get("/api/nodes", nodes)
+    server = await stack.enter_async_context(TestServer(app, host="127.0.0.1"))
+    assert server.port is not None
+    return server.port
+
+
+async def test_nobody_takes_anothers_node_by_claiming_it(frontend_server: StartFrontend) -> None:
+    honest = await frontend_server(nodes=[{"name": "w", "host": "10.0.0.7", "port": 7000}])
+    theirs = honest.server.cluster.registry.identity
+    child = {"name": "w", "host": "10.0.0.6", "port": 1, "origin": [theirs, "/proxy2/w"]}
+    near = await frontend_server(nodes=[proxy("honest", honest)])
+    await refreshed(near, "honest")
+    async with contextlib.AsyncExitStack() as stack:
+        for name, lie in {
+            "a_silent": {"nodes": [{"name": "local_proxy", "children": [child]}]},
+            "a_between": {"frontend": "liar", "nodes": [{"name": "local_proxy", "children": [child]}]},
+            "a_told": {
+                "frontend": "x",
+                "nodes": [{"name": "local_proxy", "children": [{**child, "through": [theirs]}]}],
+            },
+            "a_twin": {"frontend": theirs, "nodes": [{"name": "local_proxy", "children": [child]}]},
+        }.items():
+            port = await far(lie, stack)
+            head = Proxy(name, "127.0.0.1", port, TcpAddress("127.0.0.1", port), found=True)
+            near.server.cluster.registry.publish("heartbeats", [head])
+            await refreshed(near, name)
+            assert names(near)["honest"] == ["w"], name
+
+
+async def test_those_that_hang_take_no_turn_of_those_that_answer(frontend_server: StartFrontend) -> None:
+    """Far more addresses than are asked at once are found, and none of them ever answers."""
+    good = await frontend_server(nodes=[{"name": "w", "host": "10.0.0.7", "port": 7000}])
+    near = await frontend_server()
+    async with contextlib.AsyncExitStack() as stack:
+        port = await far({}, stack, seconds=60)
+        heads = [
+            Proxy(f"h{i}", f"127.0.1.{i}", port, TcpAddress(f"127.0.1.{i}", port), found=True) for i in range(1, 200)
+        ]
+        near.server.cluster.registry.publish("heartbeats", heads)
+        await asyncio.sleep(0.7)
+        async with near.client.post("/api/proxies", json=proxy("good", good)) as response:
+            assert response.status == 200
+        await until(lambda: names(near)["good"] == ["w"], 4)
+        await refreshed(near, "good")
+
+
+@pytest.mark.parametrize("many", ['{"nodes": [{"name": "p", "children": [%s]}]}', '{"nodes": [%s]}'])
+async def test_lists_that_are_none_are_not_read(frontend_server: StartFrontend, many: str) -> None:
+    near = await frontend_server()
+    async with contextlib.AsyncExitStack() as stack:
+        for name, item in (("objects", "{}"), ("numbers", "1")):
+            port = await far(many % ",".join([item] * 1_500_000), stack)
+            async with near.client.post(
+                "/api/proxies", json={"name": name, "host": "127.0.0.1", "port": port}
+            ) as response:
+                assert response.status == 200
+            status, body = await answer(near, f"/api/proxies/{name}/refresh")
+            assert (status, "lists more than nodes" in body["detail"]) == (502, True)
+
+
+async def test_all_neighbours_nodes_together_are_bounded(
+    frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "MAX_TOLD", 3)
+    near = await frontend_server()
+    async with contextlib.AsyncExitStack() as stack:
+        for name in ("p", "q"):
+            children = [{"name": f"{name}{i}", "host": "h", "port": 1} for i in range(2)]
+            port = await far({"nodes": [{"name": "local_proxy", "children": children}]}, stack)
+            await near.client.post("/api/proxies", json={"name": name, "host": "127.0.0.1", "port": port})
+            await answer(near, f"/api/proxies/{name}/refresh")
+        assert names(near) == {"p": ["p0", "p1"], "q": ["q0"]}
+        _, told = await answer(near, "/api/sources")
+        (problem,) = [source for source in told["sources"] if source["name"] == "proxy"]
+        assert problem["place"].startswith("q (127.0.0.1:")
+        assert problem["problems"] == ["1 of its nodes are left out: 3 behind all proxies are kept"]
+
+
+async def test_half_a_character_costs_one_node(frontend_server: StartFrontend) -> None:
+    near = await frontend_server()
+    async with contextlib.AsyncExitStack() as stack:
+        text = r'{"nodes": [{"name": "a\ud800", "host": "h", "port": 1}, {"name": "b", "host": "h\udc00", "port": 1},'
+        port = await far(text + r' {"name": "c\ud83d\ude00", "host": "h", "port": 1}]}', stack)
+        await near.client.post("/api/proxies", json={"name": "p", "host": "127.0.0.1", "port": port})
+        await refreshed(near, "p")
+        assert names(near) == {"p": ["a\ufffd", "c\U0001f600"]}
+
+
+async def test_a_proxy_that_turned_out_to_be_this_frontend_can_be_removed(frontend_server: StartFrontend) -> None:
+    frontend = await frontend_server()
+    itself = proxy("itself", frontend)
+    assert (await frontend.client.post("/api/proxies", json=itself)).status == 200
+    await refreshed_or_gone(frontend, "itself")
+    _, told = await answer(frontend, "/api/sources")
+    assert [source["problems"] for source in told["sources"] if source["name"] == "proxy"] == [
+        ["it is this frontend itself"]
+    ]
+    assert (await frontend.client.post("/api/proxies", json=itself)).status == 409
+    assert (await frontend.client.delete("/api/nodes/itself")).status == 200
+    assert list(frontend.server.cluster.registry.heads()) == []
+
+
+async def refreshed_or_gone(frontend: RunningFrontend, name: str) -> None:
+    await answer(frontend, f"/api/proxies/{name}/refresh")
+    await until(lambda: name not in names(frontend))
+
+
+async def test_another_address_is_another_frontend(frontend_server: StartFrontend) -> None:
+    one = await frontend_server(nodes=[{"name": "w", "host": "h", "port": 1}])
+    near = await frontend_server(nodes=[proxy("p", one)])
+    await refreshed(near, "p")
+    assert names(near) == {"p": ["w"]}
+    assert (await near.client.put("/api/nodes/p", json={"name": "p", "host": "127.0.0.1", "port": 1})).status == 200
+    await until(lambda: names(near) == {"p": []})
+
+
+async def test_an_address_where_no_frontend_is_any_more(frontend_server: StartFrontend) -> None:
+    near = await frontend_server(stale_seconds=0.2)
+    registry = near.server.cluster.registry
+    async with contextlib.AsyncExitStack() as stack:
+        app = web.Application()
+        answers = ['{"nodes": [{"name": "w", "host": "h", "port": 1}]}']
+
+        async def nodes(_: web.Request) -> web.Response:
+            return web.Response(text=answers[0]) if answers else web.Response(status=404)
+
+        app.router.add_get("/api/nodes", nodes)
+        server = await stack.enter_async_context(TestServer(app, host="127.0.0.1"))
+        assert server.port is not None
+        registry.publish(
+            "dns", [Proxy("p", "127.0.0.1", server.port, TcpAddress("127.0.0.1", server.port), found=True)]
+        )
+        await refreshed(near, "p")
+        assert names(near) == {"p": ["w"]}
+        answers.clear()
+        await refreshed(near, "p")
+        await until(lambda: names(near) == {"p": ["p"]})

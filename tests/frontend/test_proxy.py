@@ -415,7 +415,7 @@ async def test_clients_of_unregistered_targets_are_bounded(
         ("/proxy/a%20b/80/x", 400, "'a b': expected a host name"),
         ("/proxy/%0d%0a/80/x", 400, "expected a host name"),
         (f"/proxy/h/%2F{'x' * 200}/x", 400, "201 bytes, but the path of a Unix socket has at most 107"),
-        ("/proxy/h/%2Ftmp%00/x", 400, "no NUL"),
+        ("/proxy/h/%2Ftmp%00/x", 400, "no control"),
         ("/proxy/h", 404, "Not Found"),
         ("/proxy2/nobody/x", 404, "Node with name 'nobody' not found"),
         ("/proxy2/%F0%9F/x", 404, "not found"),

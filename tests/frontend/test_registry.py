@@ -162,3 +162,18 @@ def test_the_same_again_changes_nothing(registry: Registry) -> None:
     registry.tick()
     assert registry.revision == before
     assert next(registry.proxies()) is proxies[0]
+
+
+def test_nodes_of_a_stale_proxy_are_stale(registry: Registry) -> None:
+    registry.publish("supplier", [head("p")], lasting=True)
+    registry.publish_neighbours("p", [node("w", path="/proxy2/w")])
+    registry.publish("supplier", [], lasting=True)
+    assert [found.stale for found in registry.nodes()] == [True]
+
+
+def test_this_frontends_own_node_is_not_found_a_second_time(registry: Registry) -> None:
+    registry.publish("nodes", [node("w", 8000, "10.0.0.9")])
+    registry.publish("heartbeats", [head("proxy_10.0.0.9_8000", found=True)])
+    assert names(registry) == {LOCAL_PROXY: ["w"]}
+    registry.publish_neighbours("proxy_10.0.0.9_8000", [node("x", path="/proxy2/x")])
+    assert names(registry) == {LOCAL_PROXY: ["w"], "proxy_10.0.0.9_8000": ["x"]}

@@ -13,9 +13,7 @@ from lmcache_shared.address import (
 )
 from lmcache_shared.errors import AddressError
 
-paths = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30).map(
-    lambda text: f"/{text}"
-)
+paths = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30).map(lambda text: f"/{text}")
 
 
 @pytest.mark.parametrize(
@@ -60,8 +58,9 @@ def test_a_socket_path_has_at_most_107_bytes_not_characters() -> None:
         from_node("", "/" + "x" * 107)
     with pytest.raises(AddressError, match="109 bytes"):
         from_node("", "/" + "é" * 54)
-    with pytest.raises(AddressError, match="NUL"):
-        from_node("", "/a\0b")
+    for character in "\0\n\x1b":
+        with pytest.raises(AddressError, match="no control characters"):
+            from_node("", f"/a{character}b")
 
 
 @given(paths, st.integers(1, 2))

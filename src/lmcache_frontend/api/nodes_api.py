@@ -63,15 +63,17 @@ async def restore(request: web.Request) -> web.Response:
 
 @router.get("/api/sources")
 async def sources(request: web.Request) -> web.Response:
-    """Where the nodes come from, what is wrong there, and what was removed by hand."""
+    """Where the nodes come from, what is wrong there, and what of it was changed or removed by hand."""
     by_hand = request.app[BY_HAND]
     told = [{"name": it.name, "place": it.place, "problems": list(it.problems)} for it in request.app[SOURCES]]
     problems = [] if by_hand.problem is None else [by_hand.problem]
     told.append({"name": "hand", "place": by_hand.place, "problems": problems})
-    return json_response({"sources": told, "removed": [_removed(name) for name in by_hand.hidden()]})
+    told += [{"name": "proxy", "place": place, "problems": [why]} for place, why in request.app[NEIGHBOURS].problems()]
+    changed, removed = ([_named(name) for name in names] for names in (by_hand.changed(), by_hand.hidden()))
+    return json_response({"sources": told, "changed": changed, "removed": removed})
 
 
-def _removed(name: Name) -> dict[str, str]:
+def _named(name: Name) -> dict[str, str]:
     return {"proxy": name} if isinstance(name, str) else {"proxy": name[0], "node": name[1]}
 
 

@@ -7,7 +7,7 @@ from aiohttp import web
 from lmcache_frontend.app import BY_HAND, NEIGHBOURS, REGISTRY
 from lmcache_frontend.nodes.form import InvalidForm, read_form
 from lmcache_frontend.nodes.neighbours import NeighbourError
-from lmcache_frontend.nodes.node import LOCAL_PROXY, Node, Proxy
+from lmcache_frontend.nodes.node import Node, Proxy
 from lmcache_shared.errors import Refusal
 from lmcache_shared.responses import json_response
 
@@ -49,13 +49,14 @@ async def add_node(request: web.Request) -> web.Response:
 @router.get("/api/proxies/{proxy}/refresh")
 async def refresh(request: web.Request) -> web.Response:
     """Ask a proxy for its nodes now."""
-    proxy = _proxy(request)
-    if proxy.name != LOCAL_PROXY:
+    registry, name = request.app[REGISTRY], request.match_info["proxy"]
+    head = registry.head(name)
+    if head is not None:
         try:
-            await request.app[NEIGHBOURS].refresh(proxy)
+            await request.app[NEIGHBOURS].refresh(head)
         except NeighbourError as error:
-            raise Refusal(502, f"{proxy.name} ({proxy.address}) does not tell of its nodes: {error}") from None
-        proxy = _proxy(request)
+            raise Refusal(502, f"{name} ({head.address}) does not tell of its nodes: {error}") from None
+    proxy = _proxy(request)
     return json_response({"status": "success", "nodes": [_child(node, proxy.name) for node in proxy.nodes]})
 
 

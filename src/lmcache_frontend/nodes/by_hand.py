@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,11 @@ class ByHand:
         self._registry = registry
         self._store = store
         self._records: dict[str, str] = {}
+        self._parsed: dict[str, tuple[str, Node | Proxy]] = {}
+        """What each record's text says; of thousands one is another at a time."""
         self._lock = asyncio.Lock()
+        self._failed_at = 0.0
+        self._kept_before = 0
 
     @property
     def place(self) -> str:
@@ -85,7 +90,7 @@ class ByHand:
         """
 
         def changes() -> list[Change]:
-            if self._registry.proxy(entry.name) is not None:
+            if self._has_proxy(entry.name):
                 raise Refusal(409, "Proxy name already exists")
             return [self._put(entry.name, entry), *(self._put((entry.name, node.name), node) for node in entry.nodes)]
 
@@ -150,16 +155,16 @@ class ByHand:
         return was_proxy
 
     async def restore(self, name: str, *, proxy: str | None = None) -> None:
-        """Let a discovered proxy or node that was removed be seen again.
+        """Let a discovered proxy or node that was changed or removed be seen again as its source tells of it.
 
         Raises:
-            Refusal: 404, when none was removed; 503, when it cannot be kept.
+            Refusal: 404, when there is none; 503, when it cannot be kept.
         """
 
         def changes() -> list[Change]:
-            names = [known for known in self.hidden() if _matches(known, name, proxy)]
+            names = [known for known in [*self.hidden(), *self.changed()] if _matches(known, name, proxy)]
             if not names:
-                raise Refusal(404, f"no discovered proxy or node named {name!r} was removed by hand")
+                raise Refusal(404, f"no discovered proxy or node named {name!r} was changed or removed by hand")
             return [self._put(known, None) for known in names]
 
         await self._apply(changes)
@@ -167,6 +172,14 @@ class ByHand:
     def hidden(self) -> list[Name]:
         """The discovered proxies and nodes that were removed."""
         return [name for key, text in self._records.items() if text == _REMOVED and (name := _name_of(key)) is not None]
+
+    def changed(self) -> list[Name]:
+        """The discovered proxies and nodes in whose place stands one by hand."""
+        return [
+            name
+            for key, text in self._records.items()
+            if '"over":true' in text and _read_record(text).over and (name := _name_of(key)) is not None
+        ]
 
     def _named(self, name: str, proxy: str | None) -> Proxy | Known:
         if proxy is not None:
@@ -176,7 +189,7 @@ class ByHand:
             return Known(proxy, node)
         if name == LOCAL_PROXY:
             raise Refusal(409, f"{LOCAL_PROXY} is this frontend itself; its nodes can be changed, it cannot")
-        found = self._registry.proxy(name)
+        found = self._registry.proxy(name) or self._registry.head(name)
         if found is not None:
             return found
         nodes = self._registry.nodes_named(name)
@@ -187,8 +200,11 @@ class ByHand:
             raise Refusal(409, f"{len(nodes)} nodes are named {name!r}; say which one with ?proxy= (of {proxies})")
         return nodes[0]
 
+    def _has_proxy(self, name: str) -> bool:
+        return self._registry.proxy(name) is not None or self._registry.head(name) is not None
+
     def _changed_proxy(self, proxy: Proxy, entry: Node | Proxy) -> list[Change]:
-        if entry.name != proxy.name and self._registry.proxy(entry.name) is not None:
+        if entry.name != proxy.name and self._has_proxy(entry.name):
             raise Refusal(409, "Proxy name already exists")
         written = {node.name: node for node in proxy.nodes if node.source != NEIGHBOURS and not proxy.found}
         wanted = {node.name: node for node in entry.nodes} if isinstance(entry, Proxy) else written
@@ -250,8 +266,12 @@ class ByHand:
         return self._registry.is_discovered(name) or _read_record(self._records.get(_key(name))).over
 
     async def _apply(self, work_out: Callable[[], Sequence[Change]]) -> None:
+        began = time.monotonic()
         try:
             async with self._lock:
+                if self._failed_at > began and self.problem is not None:
+                    # One who waits in line behind a store that does not answer hears what the one before heard.
+                    raise Refusal(503, f"nothing was changed: {self.problem}", {"Retry-After": "1"})
                 if not self.loaded:
                     await self._read()
                 for _ in range(TRIES):
@@ -266,6 +286,7 @@ class ByHand:
                     await self._read()
         except StoreAway as away:
             self.note(away)
+            self._failed_at = time.monotonic()
             known = "" if isinstance(away, StoreUncertain) else "nothing was changed: "
             raise Refusal(503, f"{known}{away}", {"Retry-After": "1"}) from None
         raise Refusal(409, "others change the same nodes at the same time; try again")
@@ -285,8 +306,40 @@ class ByHand:
         self._records = records
         self.loaded = True
         self._registry.identity = records.get(IDENTITY, self._registry.identity)[:64]
-        found = _entries(records)
+        found = self._entries(records)
         self._registry.publish_by_hand(found.proxies.values(), found.hidden)
+
+    def _entries(self, records: dict[str, str]) -> _Found:
+        """What the records say; one that cannot be read, as another version may have written it, is passed over."""
+        heads: dict[str, Node | Proxy] = {}
+        nodes: dict[str, list[Node]] = {}
+        hidden: list[Name] = []
+        before, self._parsed = self._parsed, {}
+        for key, text in records.items():
+            name = _name_of(key)
+            if name is None:
+                continue
+            if text == _REMOVED:
+                hidden.append(name)
+                continue
+            known = before.get(key)
+            entry = known[1] if known is not None and known[0] == text else _entry_of(name, key, text)
+            if entry is None:
+                continue
+            self._parsed[key] = (text, entry)
+            if isinstance(name, str):
+                heads[name] = entry
+            elif isinstance(entry, Node):
+                nodes.setdefault(name[0], []).append(entry)
+        proxies: dict[str, Proxy] = {}
+        for proxy_name in dict.fromkeys([*heads, *nodes]):
+            children = tuple(nodes.get(proxy_name, ()))
+            head = heads.get(proxy_name)
+            if head is not None:
+                proxies[proxy_name] = Proxy(proxy_name, head.host, head.port, head.address, children)
+            elif proxy_name == LOCAL_PROXY:
+                proxies[proxy_name] = Proxy(proxy_name, "", 0, children[0].address, children)
+        return _Found(proxies, hidden)
 
     def note(self, away: StoreAway | None) -> None:
         """Whether the store is away; the log tells of a change."""
@@ -294,8 +347,12 @@ class ByHand:
         if problem != self.problem:
             if problem is not None:
                 logger.warning("nodes by hand: %s", problem)
-            elif self.problem is not None and self.loaded:
+            elif self.loaded and self._kept_before > len(self._records):
+                lost = "nodes by hand: %s can be used again, with %d records where %d were"
+                logger.warning(lost, self._store.description, len(self._records), self._kept_before)
+            elif self.loaded:
                 logger.info("nodes by hand: %s can be used", self._store.description)
+            self._kept_before = len(self._records)
         self.problem = problem
 
 
@@ -305,36 +362,13 @@ class _Found:
     hidden: list[Name]
 
 
-def _entries(records: dict[str, str]) -> _Found:
-    """What the records say; one that cannot be read, as another version may have written it, is passed over."""
-    heads: dict[str, Node | Proxy] = {}
-    nodes: dict[str, list[Node]] = {}
-    hidden: list[Name] = []
-    for key, text in records.items():
-        name = _name_of(key)
-        if name is None:
-            continue
-        if text == _REMOVED:
-            hidden.append(name)
-            continue
-        try:
-            entry = read_one(text.encode(), key)
-        except (ConfigError, UnicodeEncodeError) as error:
-            logger.debug("nodes by hand: a record was passed over: %s", error)
-            continue
-        if isinstance(name, str):
-            heads[name] = entry
-        elif isinstance(entry, Node):
-            nodes.setdefault(name[0], []).append(entry)
-    proxies: dict[str, Proxy] = {}
-    for proxy_name in dict.fromkeys([*heads, *nodes]):
-        children = tuple(nodes.get(proxy_name, ()))
-        head = heads.get(proxy_name)
-        if head is not None:
-            proxies[proxy_name] = Proxy(proxy_name, head.host, head.port, head.address, children)
-        elif proxy_name == LOCAL_PROXY:
-            proxies[proxy_name] = Proxy(proxy_name, "", 0, children[0].address, children)
-    return _Found(proxies, hidden)
+def _entry_of(name: Name, key: str, text: str) -> Node | Proxy | None:
+    try:
+        entry = read_one(text.encode(), key)
+    except (ConfigError, UnicodeEncodeError) as error:
+        logger.debug("nodes by hand: a record was passed over: %s", error)
+        return None
+    return entry if entry.name == (name if isinstance(name, str) else name[1]) else None
 
 
 class _Record(msgspec.Struct, omit_defaults=True):

@@ -8,10 +8,14 @@ By these a chain of frontends knows its circles, and a node that is known on sev
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import random
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import aiohttp
 import msgspec
@@ -20,19 +24,43 @@ from lmcache_frontend.nodes.node import LOCAL_PROXY, MAX_NODES, Node, Proxy, nam
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.proxy.transport import Target, reason
 from lmcache_shared import address
-from lmcache_shared.errors import AddressError, OpsError
+from lmcache_shared.blocking import BlockingPool
+from lmcache_shared.errors import AddressError, OpsError, Refusal
+
+logger = logging.getLogger(__name__)
 
 ASK_SECONDS = 5.0
 """For one frontend, as LMCache's frontend waits."""
 
 AT_ONCE = 32
+UNPROVEN_AT_ONCE = 16
+"""Of proxies that have not answered last time, or never: those that hang take no turn of those that answer."""
+
 MAX_ANSWER_BYTES = 16 << 20
+MAX_LOOKED_AT = 5 * MAX_NODES
+"""JSON objects in an answer."""
+
+MAX_TOLD = 2 * MAX_NODES
+"""Nodes behind all proxies together."""
+
+INLINE_BYTES = 32 << 10
+"""A larger answer is read in a thread, one at a time: it takes seconds, and memory."""
+
+READ_SECONDS = 20.0
 MAX_THROUGH = 8
 """A node behind more frontends is not taken."""
 
 MAX_PATH_LENGTH = 2000
+MAX_PAUSES = 8
+"""Of a proxy that does not answer the pauses double, up to so many intervals."""
+
+MAX_ID_LENGTH = 64
 LOOK_SECONDS = 0.5
 """How often it is looked whether there is a new proxy to ask."""
+
+_HALF_CHARACTER = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[dD][89a-fA-F][0-9a-fA-F]{2}"
+)
 
 
 class NeighbourError(OpsError):
@@ -67,7 +95,12 @@ class _Asked:
     due: float
     task: asyncio.Task[None] | None = None
     problem: str | None = None
+    failures: int = 0
+    answered: bool = False
+    """It did last time."""
     is_self: bool = False
+    told: int = 0
+    """How many nodes it has told of."""
 
 
 class Neighbours:
@@ -82,7 +115,9 @@ class Neighbours:
         self._registry = registry
         self._interval = interval
         self._asked: dict[str, _Asked] = {}
-        self._gate = asyncio.Semaphore(AT_ONCE)
+        self._proven = asyncio.Semaphore(AT_ONCE)
+        self._unproven = asyncio.Semaphore(UNPROVEN_AT_ONCE)
+        self._pool = BlockingPool("neighbours", threads=1, waiting=AT_ONCE + UNPROVEN_AT_ONCE)
 
     async def run(self) -> None:
         """Ask until cancelled; a new proxy at once."""
@@ -95,6 +130,15 @@ class Neighbours:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._pool.close()
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Each proxy that does not tell of its nodes, or is none, with its address; and why."""
+        return [
+            (f"{name} ({asked.head.address})", "it is this frontend itself" if asked.is_self else str(asked.problem))
+            for name, asked in self._asked.items()
+            if asked.problem is not None or asked.is_self
+        ]
 
     def problem(self, proxy: str) -> str | None:
         """Why a proxy's nodes are not known, or not anew."""
@@ -109,7 +153,7 @@ class Neighbours:
         """
         asked = self._asked.setdefault(proxy.name, _Asked(proxy, 0.0))
         asked.head = proxy
-        await self._ask(asked)
+        await self._ask(asked)  # at once, whoever else is being asked
         if asked.problem is not None:
             raise NeighbourError(asked.problem)
 
@@ -132,35 +176,71 @@ class Neighbours:
             if asked.due <= now and (asked.task is None or asked.task.done()):
                 # Spread, so that many proxies that came together are not asked together for ever.
                 asked.due = now + self._interval * random.uniform(0.8, 1.2)  # noqa: S311 - keeps no secret
-                asked.task = asyncio.create_task(self._ask(asked), name="neighbour")
+                asked.due += self._interval * min(2 ** min(asked.failures, 16) - 1, MAX_PAUSES - 1)
+                asked.task = asyncio.create_task(self._ask_in_turn(asked), name="neighbour")
         self._registry.publish_selves(name for name, asked in self._asked.items() if asked.is_self)
+
+    async def _ask_in_turn(self, asked: _Asked) -> None:
+        # What somebody wrote down may be slow the first time; what was only found has to prove itself.
+        trusted = asked.answered or (not asked.head.found and asked.failures == 0)
+        async with self._proven if trusted else self._unproven:
+            await self._ask(asked)
 
     async def _ask(self, asked: _Asked) -> None:
         head = asked.head
-        async with self._gate:
-            try:
-                answer = await asyncio.wait_for(_fetch(head), ASK_SECONDS)
-            except asyncio.TimeoutError:
-                asked.problem = f"no answer within {ASK_SECONDS:g} seconds"
-                return
-            except (aiohttp.ClientError, OSError, ValueError) as error:
-                asked.problem = ascii(reason(error))[1:-1]  # half a character fits into no answer
-                return
+        try:
+            body = await asyncio.wait_for(_fetch(head), ASK_SECONDS)
+            told = None if body is None else await self._read(body)
+        except asyncio.TimeoutError:
+            self._note(asked, f"no answer within {ASK_SECONDS:g} seconds", failed=True)
+            return
+        except (aiohttp.ClientError, OSError, ValueError, Refusal) as error:
+            self._note(asked, _problem(error), failed=True)
+            return
         if self._asked.get(head.name) is not asked or asked.head.address != head.address:
             return  # it has another address by now
-        if answer is None:
-            asked.problem = None if head.found else "it is no frontend: it has no /api/nodes"
+        if told is None:
+            self._note(asked, None if head.found else "it is no frontend: it has no /api/nodes", failed=False)
             if head.found:
                 self._registry.publish_neighbours(head.name, ())
             return
-        asked.problem = None
-        asked.is_self = answer.frontend == self._registry.identity
-        children = () if asked.is_self else _children(answer, self._registry.identity)
-        self._registry.publish_neighbours(head.name, children)
+        asked.is_self = told.frontend == self._registry.identity
+        room = MAX_TOLD - sum(other.told for other in self._asked.values() if other is not asked)
+        nodes = [] if asked.is_self else told.nodes[:room]
+        asked.told = len(nodes)
+        too_many = f"{len(told.nodes) - room} of its nodes are left out: {MAX_TOLD} behind all proxies are kept"
+        self._note(asked, too_many if len(told.nodes) > room and not asked.is_self else None, failed=False)
+        self._registry.publish_neighbours(head.name, nodes)
+
+    async def _read(self, body: bytes) -> _Told | None:
+        identity = self._registry.identity
+        if len(body) <= INLINE_BYTES:
+            return _read(body, identity)
+        return await self._pool.run(lambda: _read(body, identity), seconds=READ_SECONDS, what="reading its nodes")
+
+    def _note(self, asked: _Asked, problem: str | None, *, failed: bool) -> None:
+        asked.failures = asked.failures + 1 if failed else 0
+        asked.answered = not failed
+        if problem != asked.problem:
+            where = f"{asked.head.name} ({asked.head.address})"
+            if problem is not None:
+                logger.warning("%s does not tell of all its nodes: %s", where, problem)
+            else:
+                logger.info("%s tells of its nodes again", where)
+        asked.problem = problem
 
 
-async def _fetch(head: Proxy) -> _Answer | None:
-    """What the proxy tells; None when it is no frontend.
+def _problem(error: Exception) -> str:
+    if isinstance(error, Refusal):
+        return str(error.detail)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        number = error.errno or 0  # asyncio's own text names the address again; a failed name lookup has another kind
+        return os.strerror(number) if number > 0 else error.os_error.strerror or "cannot connect"
+    return ascii(reason(error))[1:-1]  # half a character fits into no answer
+
+
+async def _fetch(head: Proxy) -> bytes | None:
+    """What the proxy answers; None when it is no frontend.
 
     Raises:
         ValueError: it answers with an error of its own, or more than it may.
@@ -168,39 +248,50 @@ async def _fetch(head: Proxy) -> _Answer | None:
     target = Target(head.address)
     try:
         async with target.session.get(target.url("/api/nodes?detail=true"), allow_redirects=False) as response:
-            body = await _read(response)
+            body = bytearray()
+            async for piece in response.content.iter_any():
+                body += piece
+                if len(body) > MAX_ANSWER_BYTES:
+                    raise ValueError(f"/api/nodes answers more than {MAX_ANSWER_BYTES} bytes")
     finally:
         await target.session.close()
     if response.status >= 500:
         raise ValueError(f"/api/nodes answers {response.status}")
-    if response.status != 200:
-        return None
+    return bytes(body) if response.status == 200 else None
+
+
+class _Told(NamedTuple):
+    frontend: str | None
+    nodes: list[Node]
+
+
+def _read(body: bytes, identity: str) -> _Told | None:
+    """The leaves, each under a name of its own; one that cannot be used is passed over. None when it is no such list.
+
+    Raises:
+        ValueError: there are more things in it than in any list of nodes.
+    """
+    if body.count(b"{") > MAX_LOOKED_AT or body.count(b",") > 20 * MAX_LOOKED_AT:
+        raise ValueError("/api/nodes lists more than nodes")
     try:
-        return msgspec.json.decode(body, type=_Answer)
+        try:
+            answer = msgspec.json.decode(body, type=_Answer)
+        except msgspec.DecodeError:
+            # Half a character in one name, which JSON can spell and nobody can write, costs that name alone.
+            whole = _HALF_CHARACTER.sub(lambda found: found[0] if len(found[0]) == 12 else rb"\ufffd", body)
+            answer = msgspec.json.decode(whole, type=_Answer)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
-
-
-async def _read(response: aiohttp.ClientResponse) -> bytes:
-    body = bytearray()
-    async for piece in response.content.iter_any():
-        body += piece
-        if len(body) > MAX_ANSWER_BYTES:
-            raise ValueError(f"/api/nodes answers more than {MAX_ANSWER_BYTES} bytes")
-    return bytes(body)
-
-
-def _children(answer: _Answer, identity: str) -> list[Node]:
-    """The leaves, each under a name of its own; one that cannot be used is passed over."""
+    frontend = answer.frontend if answer.frontend is None or len(answer.frontend) <= MAX_ID_LENGTH else None
     found: dict[str, Node] = {}
     for proxy, child in _leaves(answer):
         if len(found) >= MAX_NODES:
             break
         name = child.name if child.name not in found else f"{child.name}@{proxy}"
-        node = _node(answer.frontend, proxy, child, name)
+        node = _node(frontend, proxy, child, name)
         if node is not None and name not in found and identity not in node.through:
             found[name] = node
-    return list(found.values())
+    return _Told(frontend, list(found.values()))
 
 
 def _leaves(answer: _Answer) -> Iterator[tuple[str, _Child]]:
@@ -225,12 +316,12 @@ def _node(frontend: str | None, proxy: str, child: _Child, name: str) -> Node | 
     path = child.path or (
         named_path(child.name) if proxy == LOCAL_PROXY else named_path(proxy) + named_path(child.name)
     )
-    through = tuple(child.through) if frontend is None else (frontend, *child.through)
+    through = () if frontend is None else (frontend, *child.through)
     usable = (
         0 < len(name) <= 512
         and name.isprintable()
         and len(through) <= MAX_THROUGH
-        and all(len(one) <= 64 for one in through)
+        and all(len(one) <= MAX_ID_LENGTH for one in through)
         and path.startswith("/proxy2/")
         and len(path) <= MAX_PATH_LENGTH
         and path.isascii()
@@ -239,9 +330,18 @@ def _node(frontend: str | None, proxy: str, child: _Child, name: str) -> Node | 
     )
     if not usable:
         return None
-    origin = child.origin or (None if frontend is None else (frontend, path))
     try:
         where = address.from_node(child.host, child.port)
     except AddressError:
         return None
-    return Node(name, child.host, child.port, where, path=path.rstrip("/"), through=through, origin=origin)
+    path = path.rstrip("/")
+    return Node(name, child.host, child.port, where, path=path, through=through, origin=_origin(through, child, path))
+
+
+def _origin(through: tuple[str, ...], child: _Child, path: str) -> tuple[str, str] | None:
+    """Whose own node it is. A frontend is believed about its own nodes, and that others are further away than it is."""
+    if not through:
+        return None
+    if child.origin is not None and child.origin[0] == through[-1]:
+        return child.origin
+    return (through[0], path) if len(through) == 1 else None

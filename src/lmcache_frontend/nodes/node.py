@@ -19,7 +19,10 @@ LOCAL_PROXY = "local_proxy"
 MAX_NODES = 10_000
 """Most nodes of one list."""
 
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z")]
+_PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]*\Z"
+"""No control characters, and none that turn the direction of the text around: names are shown in logs and pages."""
+
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=_PRINTABLE)]
 
 
 class NodeForm(msgspec.Struct):

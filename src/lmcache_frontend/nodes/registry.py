@@ -151,8 +151,12 @@ class Registry:
         for proxy in self._current.proxies:
             yield from proxy.nodes
 
+    def head(self, name: str) -> Proxy | None:
+        """The proxy with this name, without its nodes; also one that turned out to be this frontend."""
+        return next((head for head in self.heads() if head.name == name), None)
+
     def heads(self) -> Iterator[Proxy]:
-        """Every other frontend, without its nodes; also those that turned out to be this one."""
+        """Every other frontend without its nodes, those by hand first; also those that turned out to be this one."""
         seen: set[str] = set()
         for layer in self._by_rank():
             for head in layer.heads.values():
@@ -271,7 +275,10 @@ class Registry:
     def _merged_heads(self) -> dict[str, Proxy]:
         heads = {LOCAL_PROXY: self._itself}
         own = {
-            node.address for layer in self._layers.values() for key, node in layer.nodes.items() if key[0] == LOCAL_PROXY
+            node.address
+            for layer in self._layers.values()
+            for key, node in layer.nodes.items()
+            if key[0] == LOCAL_PROXY
         }
         for layer in self._layers.values():
             for name, head in layer.heads.items():
@@ -306,7 +313,8 @@ class Registry:
                 if node.path is not None and (proxy, node.address) in written:
                     continue  # under another name
                 chosen = by_hand.get(key, node)
-                found[proxy][name] = replace(chosen, via=_way(heads[proxy], chosen))
+                stale = chosen.stale or (heads[proxy].stale and key not in by_hand)
+                found[proxy][name] = replace(chosen, via=_way(heads[proxy], chosen), stale=stale)
         for proxy, head in heads.items():
             if head.found and not self._tells(proxy) and (proxy, proxy) not in self._hidden:
                 itself = Node(head.name, head.host, head.port, head.address, source=head.source, stale=head.stale)
@@ -314,14 +322,19 @@ class Registry:
         return found
 
     def _nearest(self, neighbours: Sequence[_Layer]) -> dict[tuple[str, str], tuple[str, str]]:
-        """For each node that several proxies tell of, the shortest way to it: one node is counted once."""
-        nearest: dict[tuple[str, str], tuple[int, tuple[str, str]]] = {}
+        """For each node that several proxies tell of, the shortest way to it: one node is counted once.
+
+        Of ways that are as long, that through a proxy which somebody wrote down comes before one that was found, so
+        that one who only claims to be a frontend takes no node away from it.
+        """
+        trusted = {head.name: rank for rank, head in enumerate(self.heads())}
+        nearest: dict[tuple[str, str], tuple[bool, int, int, tuple[str, str]]] = {}
         for layer in neighbours:
             for key, node in layer.nodes.items():
                 if node.origin is not None and key not in self._hidden:
-                    way = (len(node.through) + 100 * node.stale, key)
+                    way = (node.stale, len(node.through), trusted.get(key[0], len(trusted)), key)
                     nearest[node.origin] = min(nearest.get(node.origin, way), way)
-        return {origin: key for origin, (_, key) in nearest.items()}
+        return {origin: way[3] for origin, way in nearest.items()}
 
 
 def _way(proxy: Proxy, node: Node) -> Reach | None:
