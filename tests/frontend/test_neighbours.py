@@ -385,3 +385,23 @@ async def test_an_address_where_no_frontend_is_any_more(frontend_server: StartFr
         answers.clear()
         await refreshed(near, "p")
         await until(lambda: names(near) == {"p": ["p"]})
+
+
+async def test_thousands_of_nodes_are_told_in_pieces(frontend_server: StartFrontend) -> None:
+    nodes = [{"name": f"n{i}", "host": "10.0.0.7", "port": 1 + i} for i in range(2001)]
+    racks = [
+        {"name": rack, "host": "10.0.0.8", "port": 1, "nodes": nodes[:count]} for rack, count in (("a", 0), ("b", 1))
+    ]
+    frontend = await frontend_server(nodes=[*nodes, *racks], health_interval=3600)
+    status, plain = await answer(frontend, "/api/nodes")
+    _, detailed = await answer(frontend, "/api/nodes?detail=true")
+    assert status == 200
+    keys = ("id", "name", "host", "port", "is_proxy")
+    assert [
+        [{key: child[key] for key in (*keys, "proxy_id")} for child in one["children"]] for one in detailed["nodes"]
+    ] == [one["children"] for one in plain["nodes"]]
+    assert [{key: one[key] for key in keys} for one in detailed["nodes"]] == [
+        {key: one[key] for key in keys} for one in plain["nodes"]
+    ]
+    async with frontend.client.head("/api/nodes?detail=true") as response:
+        assert response.status == 200

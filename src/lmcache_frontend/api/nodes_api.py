@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from aiohttp import web
 
@@ -10,10 +12,13 @@ from lmcache_frontend.app import BY_HAND, HEALTH, NEIGHBOURS, REGISTRY, SOURCES
 from lmcache_frontend.nodes.form import read_form
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Node, Proxy
 from lmcache_frontend.nodes.registry import Name
-from lmcache_shared.responses import json_response
+from lmcache_shared.responses import json_response, json_text
 from lmcache_shared.schema import parse_query
 
 router = web.RouteTableDef()
+
+NODES_AT_ONCE = 200
+"""Made into JSON between two turns of the event loop."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,19 @@ class NodeQuery:
 
 
 @router.get("/api/nodes")
-async def nodes(request: web.Request) -> web.Response:
+async def nodes(request: web.Request) -> web.StreamResponse:
     """`{"nodes": [proxy with its children, …]}`; `?detail=true` tells of each where it comes from and how it is."""
     registry = request.app[REGISTRY]
     if not parse_query(request, NodesQuery).detail:
         return json_response({"nodes": [_proxy(proxy) for proxy in registry.proxies()]})
-    detailed = [_detailed_proxy(request.app, proxy) for proxy in registry.proxies()]
-    return json_response({"frontend": registry.identity, "nodes": detailed})
+    # Thousands of nodes are told in pieces, so that others have their turn between them.
+    response = web.StreamResponse(headers={"Content-Type": "application/json"})
+    await response.prepare(request)
+    if request.method != "HEAD":
+        for piece in _detailed(request.app):
+            await response.write(piece.encode())
+            await asyncio.sleep(0)
+    return response
 
 
 @router.put("/api/nodes/{name}")
@@ -99,19 +110,34 @@ def _node(node: Node, proxy_name: str) -> dict[str, object]:
     }
 
 
-def _detailed_proxy(app: web.Application, proxy: Proxy) -> dict[str, object]:
-    return {
-        **_proxy(proxy),
-        "source": proxy.source,
-        "stale": proxy.stale,
-        "problem": None if proxy.name == LOCAL_PROXY else app[NEIGHBOURS].problem(proxy.name),
-        "children": [_detailed_node(app, node, proxy.name) for node in proxy.nodes],
-    }
+def _detailed(app: web.Application) -> Iterator[str]:
+    """`{"frontend": …, "nodes": [proxy with its children, …]}`, some nodes at a time."""
+    registry = app[REGISTRY]
+    yield f'{{"frontend":{json_text(registry.identity)},"nodes":['
+    for number, proxy in enumerate(list(registry.proxies())):
+        head = {
+            **_proxy(replace(proxy, nodes=())),
+            "source": proxy.source,
+            "stale": proxy.stale,
+            "problem": None if proxy.name == LOCAL_PROXY else app[NEIGHBOURS].problem(proxy.name),
+        }
+        del head["children"]
+        yield f'{"," * bool(number)}{json_text(head)[:-1]},"children":['
+        for start in range(0, len(proxy.nodes), NODES_AT_ONCE):
+            some = proxy.nodes[start : start + NODES_AT_ONCE]
+            told = json_text([_detailed_node(app, node, proxy.name) for node in some])
+            yield f"{',' * bool(start)}{told[1:-1]}"
+        yield "]}"
+    yield "]}"
 
 
 def _detailed_node(app: web.Application, node: Node, proxy_name: str) -> dict[str, object]:
     registry = app[REGISTRY]
     path = registry.path_of(proxy_name, node)
+    try:
+        health = app[HEALTH].of(proxy_name, node.name).as_json()
+    except KeyError:  # it has gone between two pieces
+        health = None
     return {
         **_node(node, proxy_name),
         "source": node.source,
@@ -119,5 +145,5 @@ def _detailed_node(app: web.Application, node: Node, proxy_name: str) -> dict[st
         "path": path,
         "origin": node.origin or (registry.identity, path),
         "through": node.through,
-        "health": app[HEALTH].of(proxy_name, node.name).as_json(),
+        "health": health,
     }
