@@ -487,6 +487,23 @@ def test_matchers() -> None:
         merged(text + b"a", matchers=['b{node="n1"}'])
 
 
+def test_a_matcher_makes_new_layouts_only_of_labels_that_it_is_about() -> None:
+    def texts(count: int) -> list[bytes]:
+        return [b'a{host="h%d"} 1\nb{host="h%d",x="1"} 2\nb{host="h%d",x="2"} 3\n' % (n, n, n) for n in range(count)]
+
+    for selector, layouts in (("b", 1), ('{__name__=~"b",x="2"}', 1), ('b{host="h3"}', 2), ('b{host!="h3"}', 2)):
+        merge = merged(*texts(5), matchers=[selector])
+        assert len(merge._known._values) == layouts, selector
+        alone = [line for n, text in enumerate(texts(5)) for line in _samples_alone(n, text, selector)]
+        assert sorted(line for line in plain(merge) if line[0] != "#") == sorted(alone)
+
+
+def _samples_alone(number: int, text: bytes, selector: str) -> list[str]:
+    merge = Merge(matchers=[parse_match(selector)])
+    merge.add(node(f"n{number}"), text)
+    return [line for line in plain(merge) if line[0] != "#"]
+
+
 VALUES = st.one_of(st.integers(0, 10**9), st.floats(0, 1e300))
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zs", "Zl", "Zp")), max_size=6)
 HARD_TEXTS = st.one_of(TEXTS, st.sampled_from(["", "\\", '"', "a\nb", "} 1", "# EOF", "%s", " a b ", "\\n", ","]))

@@ -19,12 +19,11 @@ when each node has a label value of its own):
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from .layout import BOUNDS, MARK, LabelSets, Layout, LayoutReader, Node, Outline, Part, Table, outline_of
+from .layout import BOUNDS, MARK, LabelSets, Layout, LayoutReader, Node, Outline, Part, Selects, Table, outline_of
 from .lines import (
     MAX_LINE,
     ExpositionError,
@@ -66,7 +65,8 @@ _Lines = Sequence[bytes]
 _Row = tuple[bytes, ...]
 _Sample = tuple[bytes, int, int]
 """A sample's name, and where in a row its labels and its number are."""
-_Variant = tuple[bool, tuple[str, ...], tuple[Matcher, ...] | None]
+_Matchers = tuple[Matcher, ...]
+_Variant = tuple[bool, tuple[str, ...], _Matchers | None]
 """What besides the lines decides how a text is read: its format, the names of its node's labels, which matchers still
 can match."""
 
@@ -134,7 +134,7 @@ class Merge:
 
     def __init__(self, *, matchers: Sequence[Matcher] | None = None) -> None:
         self._matchers = None if matchers is None else tuple(matchers)
-        self._known: _Recent[tuple[_Variant, Outline, Table | None], Layout] = _Recent()
+        self._known: _Recent[tuple[_Variant, Outline, tuple[_Matchers, ...]], Layout] = _Recent()
         self._spelled: _Recent[tuple[_Variant, _Lines], tuple[Layout, Table]] = _Recent()
         self._label_sets: dict[tuple[str, ...], LabelSets] = {}
         self._families: dict[Key, _Family] = {}
@@ -205,10 +205,12 @@ class Merge:
         if len(label_sets) > MAX_LINES:
             label_sets.clear()
         outline, table = outline_of(prefixes, label_sets)
-        key = variant, outline, None if selecting is None else table
+        # What is selected hangs on the labels only through these: a label that no matcher is about makes no new layout.
+        matching = () if selecting is None else _matching(selecting, names, table)
+        key = variant, outline, matching
         layout = self._known.get(key)
         if layout is None or layout.words(words) != layout.words_here:
-            selects = None if selecting is None else functools.partial(_selects, selecting, names)
+            selects = None if selecting is None else _selects(matching)
             reader = LayoutReader(table, openmetrics=is_openmetrics, selects=selects, most_families=MAX_FAMILIES)
             layout = reader.read(outline, words)
             layout.words_here = layout.words(words)
@@ -349,8 +351,14 @@ def _parted(line: bytes) -> tuple[bytes, bytes]:
     return prefix, word
 
 
-def _selects(matchers: Sequence[Matcher], node_labels: Sequence[str], name: str, labels: Mapping[str, str]) -> bool:
-    return any(matcher.matches_rest(name, labels, node_labels) for matcher in matchers)
+def _matching(matchers: _Matchers, node_labels: Sequence[str], table: Table) -> tuple[_Matchers, ...]:
+    """For each label set the matchers whose conditions on its labels hold."""
+    labels = [dict(one.pairs) for one in table]
+    return tuple([tuple([m for m in matchers if m.matches_labels(one, node_labels)]) for one in labels])
+
+
+def _selects(matching: Sequence[_Matchers]) -> Selects:
+    return lambda name, label_set: any(matcher.matches_name(name) for matcher in matching[label_set])
 
 
 def _size(texts: _Lines) -> int:

@@ -32,7 +32,8 @@ BYTES_OF_A_LABEL: Final = 250
 """What a short label takes as Python objects; measured."""
 
 Labels = tuple[tuple[str, str], ...]
-Selects = Callable[[str, Mapping[str, str]], bool]
+Selects = Callable[[str, int], bool]
+"""Whether a sample is wanted, by its name and the number of its label set in the table."""
 
 SUFFIXES: Final[Mapping[str, tuple[bytes, ...]]] = {
     "counter": (b"",),
@@ -376,7 +377,7 @@ class LayoutReader:
         kept = [
             (suffix, label_set, index)
             for suffix, label_set, index in zip(part.suffixes, part.sets, positions, strict=True)
-            if self._selects((part.name + suffix).decode(), dict(self._table[label_set].pairs))
+            if self._selects((part.name + suffix).decode(), label_set)
         ]
         part.suffixes = [suffix for suffix, _, _ in kept]
         part.sets = [label_set for _, label_set, _ in kept]
