@@ -18,7 +18,7 @@ from yarl import URL
 from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend.api import metrics_api, sd_api
 from lmcache_frontend.api.metrics_api import SCRAPER
-from lmcache_frontend.nodes.node import read_list
+from lmcache_frontend.nodes.node import Node, Proxy, read_list
 from lmcache_frontend.options import Options
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from lmcache_frontend.telemetry import scrape
@@ -27,7 +27,7 @@ from lmcache_frontend.telemetry.negotiation import wants_gzip, wants_openmetrics
 from lmcache_frontend.telemetry.own import FAMILIES, OTHER, OwnMetrics, TargetLabels
 from lmcache_shared.address import TcpAddress, UnixAddress
 from tests.frontend.boards import settled
-from tests.frontend.registries import registry_of
+from tests.frontend.registries import entries, registry_of
 from tests.frontend.upstream import Upstream, raw, serving
 
 GOOD = b'# HELP a_total Some.\n# TYPE a_total counter\na_total{x="1"} 5\na_total{x="2"} 6\n'
@@ -491,6 +491,8 @@ def test_whom_a_proxied_request_is_for() -> None:
     metrics = OwnMetrics(registry, HealthBoard(registry))
     (behind,) = [node.reach for node in registry.nodes() if node.name == "w"]
 
+    assert metrics._targets.refresh() and not metrics._targets.refresh()
+
     def whom(host: str, port: int, path: str) -> TargetLabels:
         return metrics._targets.labels(TcpAddress(host, port), path)
 
@@ -503,13 +505,40 @@ def test_whom_a_proxied_request_is_for() -> None:
 
 
 def test_series_of_nodes_that_are_gone_end() -> None:
+    registry = registry_of(node_called("gone"))
+    metrics = OwnMetrics(registry, HealthBoard(registry))
+
+    def told() -> str:
+        return metrics.describe(scrape.Wanted((), (), 1, True), [], 0)().decode()
+
+    with metrics.watching(TcpAddress("127.0.0.1", 7000), "/") as watched:
+        watched.status = 200
+    assert 'node="gone"' in told()
+    with metrics.watching(TcpAddress("127.0.0.1", 7000), "/") as watched:
+        watched.status = 200
+        registry.publish("nodes", [])
+        assert 'node="gone"' not in told()
+    text = told()
+    assert 'node="gone"' not in text
+    name = "lmcache_frontend_proxy_requests_total"
+    assert value_of(text, name, node="other", proxy="", code="2xx") == 1, "one that left while it was asked"
+
+
+def test_series_do_not_pile_up_where_nobody_reads_them() -> None:
     registry = registry_of()
     metrics = OwnMetrics(registry, HealthBoard(registry))
-    metrics._requests.labels("gone", "local_proxy", "2xx").inc()
-    metrics._requests.labels(*OTHER, "2xx").inc()
-    text = metrics.describe(scrape.Wanted((), (), 1, True), [], 0)().decode()
-    assert 'node="gone"' not in text
-    assert value_of(text, "lmcache_frontend_proxy_requests_total", node="other", proxy="", code="2xx") == 1
+    for number in range(20):
+        registry.publish("nodes", node_called(f"n{number}"))
+        with metrics.watching(TcpAddress("127.0.0.1", 7000), "/") as watched:
+            watched.status = 200
+            watched.traffic.sent = 1
+    for counter in (metrics._requests, metrics._bytes):
+        assert len({sample.labels["node"] for family in counter.collect() for sample in family.samples}) == 1
+    assert list(metrics._series) == [TargetLabels("n19", "local_proxy")]
+
+
+def node_called(name: str) -> list[Node | Proxy]:
+    return entries({"name": name, "host": "127.0.0.1", "port": 7000})
 
 
 async def test_states_and_roles_are_told(api_server: StartApi, frontend_server: StartFrontend) -> None:
