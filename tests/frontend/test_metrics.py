@@ -1,6 +1,7 @@
 """The merged metrics of all nodes: what each may do to the others, and what Prometheus is told."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import logging
@@ -26,6 +27,7 @@ from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_frontend.telemetry.negotiation import wants_gzip, wants_openmetrics
 from lmcache_frontend.telemetry.own import FAMILIES, OTHER, OwnMetrics, TargetLabels
 from lmcache_shared.address import TcpAddress, UnixAddress
+from lmcache_shared.errors import Refusal
 from tests.frontend.boards import settled
 from tests.frontend.registries import entries, registry_of
 from tests.frontend.upstream import Upstream, raw, serving
@@ -176,6 +178,16 @@ BAD: dict[str, tuple[Upstream, str]] = {
     "no HTTP": (Upstream(b"SSH-2.0-OpenSSH\r\n\r\n"), "no HTTP"),
     "half": (Upstream(b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n" + GOOD), "no answer within 0.5 seconds"),
 }
+
+
+WITHOUT_A_LAST_NEWLINE: dict[str, tuple[bytes, bool]] = {
+    "with its length": (answer(b"a 1\nb 15"), True),
+    "in chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n8\r\na 1\nb 15\r\n0\r\n\r\n", True),
+    "as gzip": (answer(gzip.compress(b"a 1\nb 15"), "Content-Encoding: gzip"), True),
+    "until the connection ends": (b"HTTP/1.1 200 OK\r\n\r\na 1\nb 15", False),
+    "in chunks without an end": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n8\r\na 1\nb 15\r\n", False),
+}
+"""An answer, and whether it is known to be whole: the last number may else be half of one."""
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -382,6 +394,53 @@ async def test_too_many_different_rounds(frontend_server: StartFrontend) -> None
         async with frontend.client.get("/metrics") as response:
             assert (response.status, response.headers["Retry-After"]) == (503, "1")
         await asyncio.gather(*asked)
+
+
+async def test_slow_readers_keep_nobody_from_scraping_until_the_room_is_full() -> None:
+    scraper = scrape.Scraper(lambda *_: lambda: b"a 1\n" + b"\n" * 396, lambda *_: True, max_own_bytes=12 * 400)
+    wanted = scrape.Wanted((), (), 1, True)
+    async with contextlib.AsyncExitStack() as readers:
+        for _ in range(12):
+            await readers.enter_async_context(scraper.round(wanted))
+        assert len(scraper._held) == 12 > scrape.MAX_ROUNDS
+        with pytest.raises(Refusal, match="held for other scrapes") as refused:
+            await readers.enter_async_context(scraper.round(wanted))
+        assert refused.value.status == 503
+        assert len(scraper._held) == 12
+    assert (scraper._own_room._free, scraper._held) == (12 * 400, set())
+    async with scraper.round(wanted):
+        pass
+    await scraper.close()
+
+
+async def test_problems_are_forgotten_with_their_nodes_whichever_are_asked(frontend_server: StartFrontend) -> None:
+    down, other = ({"name": name, "host": "127.0.0.1", "port": free_port()} for name in ("down", "other"))
+    frontend = await frontend_server(nodes=[down, other])
+    scraper = frontend.server._runner.app[SCRAPER]
+    await scraped(frontend, "?node=down")
+    await scraped(frontend, "?node=other")
+    assert set(scraper._problems) == {("local_proxy", "down"), ("local_proxy", "other")}
+    frontend.server.cluster.registry.publish("nodes", entries(other))
+    await scraped(frontend, "?node=other")
+    assert set(scraper._problems) == {("local_proxy", "other")}
+    frontend.server.cluster.registry.publish("nodes", [])
+    await scraped(frontend, "?node=")
+    assert scraper._problems == {}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_A_LAST_NEWLINE)
+async def test_a_last_line_without_its_end(frontend_server: StartFrontend, kind: str) -> None:
+    sent, is_whole = WITHOUT_A_LAST_NEWLINE[kind]
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(sent)  # and it closes the connection
+
+    async with serving(Upstream(talk=talk)) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node])
+        text = await scraped(frontend)
+        assert successes(text) == {"upstream": float(is_whole)}
+        assert sum(value for (name, _), value in samples_of(text).items() if name == "b") == 15 * is_whole
 
 
 async def test_narrowed_by_node(frontend_server: StartFrontend) -> None:
