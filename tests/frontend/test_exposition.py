@@ -323,6 +323,35 @@ def test_when_something_began_that_is_not_there() -> None:
     openmetrics_samples(written(merge, openmetrics=True))
 
 
+def test_a_bound_of_the_other_type_is_a_label_like_others() -> None:
+    histogram = b'# TYPE a histogram\na_bucket{le="1",quantile="2"} 1\na_bucket{le="+Inf",quantile="2"} 1\n'
+    histogram += b'a_count{quantile="2"} 1\na_sum{quantile="2"} 1\na_created{quantile="2"} 7\n'
+    other = b'a_created{quantile="0.5"} 1\na_created{le="1"} 1\n'
+    summary = b'# TYPE b summary\nb{quantile="1",le="2"} 1\nb_count{le="2"} 1\nb_sum{le="2"} 1\nb_created{le="1"} 1\n'
+    merge = merged(histogram + other + summary)
+    check(written(merge))
+    read = openmetrics_samples(written(merge, openmetrics=True))
+    assert sum(read.values()) == sum(text_samples(written(merge)).values())
+    assert plain(merge, openmetrics=True) == [
+        "# TYPE a histogram",
+        'a_bucket{#0,le="1.0",quantile="2"} 1',
+        'a_bucket{#0,le="+Inf",quantile="2"} 1',
+        'a_count{#0,quantile="2"} 1',
+        'a_sum{#0,quantile="2"} 1',
+        'a_created{#0,quantile="2"} 7',
+        "# TYPE b summary",
+        'b{#0,quantile="1.0",le="2"} 1',
+        'b_count{#0,le="2"} 1',
+        'b_sum{#0,le="2"} 1',
+        "# TYPE a_created_as_gauge gauge",
+        'a_created_as_gauge{#0,quantile="0.5"} 1',
+        'a_created_as_gauge{#0,le="1"} 1',
+        "# TYPE b_created_as_gauge gauge",
+        'b_created_as_gauge{#0,le="1"} 1',
+        "# EOF",
+    ]
+
+
 def test_bounds_as_openmetrics_spells_them() -> None:
     text = b'# TYPE h histogram\nh_bucket{le="1"} 1\nh_bucket{le="+Inf"} 2\nh_count 2\nh_sum 3\n'
     text += b'# TYPE g gauge\ng{le="1"} 5\n'
@@ -485,6 +514,23 @@ def test_matchers() -> None:
     assert plain(merged(text, matchers=[])) == [] == plain(merged(text, matchers=['a{node="n1"}']))
     with pytest.raises(ExpositionError):
         merged(text + b"a", matchers=['b{node="n1"}'])
+
+
+def test_a_matcher_makes_new_layouts_only_of_labels_that_it_is_about() -> None:
+    def texts(count: int) -> list[bytes]:
+        return [b'a{host="h%d"} 1\nb{host="h%d",x="1"} 2\nb{host="h%d",x="2"} 3\n' % (n, n, n) for n in range(count)]
+
+    for selector, layouts in (("b", 1), ('{__name__=~"b",x="2"}', 1), ('b{host="h3"}', 2), ('b{host!="h3"}', 2)):
+        merge = merged(*texts(5), matchers=[selector])
+        assert len(merge._known._values) == layouts, selector
+        alone = [line for n, text in enumerate(texts(5)) for line in _samples_alone(n, text, selector)]
+        assert sorted(line for line in plain(merge) if line[0] != "#") == sorted(alone)
+
+
+def _samples_alone(number: int, text: bytes, selector: str) -> list[str]:
+    merge = Merge(matchers=[parse_match(selector)])
+    merge.add(node(f"n{number}"), text)
+    return [line for line in plain(merge) if line[0] != "#"]
 
 
 VALUES = st.one_of(st.integers(0, 10**9), st.floats(0, 1e300))

@@ -1,6 +1,7 @@
 """The merged metrics of all nodes: what each may do to the others, and what Prometheus is told."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import logging
@@ -18,7 +19,7 @@ from yarl import URL
 from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend.api import metrics_api, sd_api
 from lmcache_frontend.api.metrics_api import SCRAPER
-from lmcache_frontend.nodes.node import read_list
+from lmcache_frontend.nodes.node import Node, Proxy, read_list
 from lmcache_frontend.options import Options
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from lmcache_frontend.telemetry import scrape
@@ -26,8 +27,9 @@ from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_frontend.telemetry.negotiation import wants_gzip, wants_openmetrics
 from lmcache_frontend.telemetry.own import FAMILIES, OTHER, OwnMetrics, TargetLabels
 from lmcache_shared.address import TcpAddress, UnixAddress
+from lmcache_shared.errors import Refusal
 from tests.frontend.boards import settled
-from tests.frontend.registries import registry_of
+from tests.frontend.registries import entries, registry_of
 from tests.frontend.upstream import Upstream, raw, serving
 
 GOOD = b'# HELP a_total Some.\n# TYPE a_total counter\na_total{x="1"} 5\na_total{x="2"} 6\n'
@@ -176,6 +178,16 @@ BAD: dict[str, tuple[Upstream, str]] = {
     "no HTTP": (Upstream(b"SSH-2.0-OpenSSH\r\n\r\n"), "no HTTP"),
     "half": (Upstream(b"HTTP/1.1 200 OK\r\nContent-Length: 9000\r\n\r\n" + GOOD), "no answer within 0.5 seconds"),
 }
+
+
+WITHOUT_A_LAST_NEWLINE: dict[str, tuple[bytes, bool]] = {
+    "with its length": (answer(b"a 1\nb 15"), True),
+    "in chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n8\r\na 1\nb 15\r\n0\r\n\r\n", True),
+    "as gzip": (answer(gzip.compress(b"a 1\nb 15"), "Content-Encoding: gzip"), True),
+    "until the connection ends": (b"HTTP/1.1 200 OK\r\n\r\na 1\nb 15", False),
+    "in chunks without an end": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n8\r\na 1\nb 15\r\n", False),
+}
+"""An answer, and whether it is known to be whole: the last number may else be half of one."""
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -384,6 +396,53 @@ async def test_too_many_different_rounds(frontend_server: StartFrontend) -> None
         await asyncio.gather(*asked)
 
 
+async def test_slow_readers_keep_nobody_from_scraping_until_the_room_is_full() -> None:
+    scraper = scrape.Scraper(lambda *_: lambda: b"a 1\n" + b"\n" * 396, lambda *_: True, max_own_bytes=12 * 400)
+    wanted = scrape.Wanted((), (), 1, True)
+    async with contextlib.AsyncExitStack() as readers:
+        for _ in range(12):
+            await readers.enter_async_context(scraper.round(wanted))
+        assert len(scraper._held) == 12 > scrape.MAX_ROUNDS
+        with pytest.raises(Refusal, match="held for other scrapes") as refused:
+            await readers.enter_async_context(scraper.round(wanted))
+        assert refused.value.status == 503
+        assert len(scraper._held) == 12
+    assert (scraper._own_room._free, scraper._held) == (12 * 400, set())
+    async with scraper.round(wanted):
+        pass
+    await scraper.close()
+
+
+async def test_problems_are_forgotten_with_their_nodes_whichever_are_asked(frontend_server: StartFrontend) -> None:
+    down, other = ({"name": name, "host": "127.0.0.1", "port": free_port()} for name in ("down", "other"))
+    frontend = await frontend_server(nodes=[down, other])
+    scraper = frontend.server._runner.app[SCRAPER]
+    await scraped(frontend, "?node=down")
+    await scraped(frontend, "?node=other")
+    assert set(scraper._problems) == {("local_proxy", "down"), ("local_proxy", "other")}
+    frontend.server.cluster.registry.publish("nodes", entries(other))
+    await scraped(frontend, "?node=other")
+    assert set(scraper._problems) == {("local_proxy", "other")}
+    frontend.server.cluster.registry.publish("nodes", [])
+    await scraped(frontend, "?node=")
+    assert scraper._problems == {}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_A_LAST_NEWLINE)
+async def test_a_last_line_without_its_end(frontend_server: StartFrontend, kind: str) -> None:
+    sent, is_whole = WITHOUT_A_LAST_NEWLINE[kind]
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(sent)  # and it closes the connection
+
+    async with serving(Upstream(talk=talk)) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node])
+        text = await scraped(frontend)
+        assert successes(text) == {"upstream": float(is_whole)}
+        assert sum(value for (name, _), value in samples_of(text).items() if name == "b") == 15 * is_whole
+
+
 async def test_narrowed_by_node(frontend_server: StartFrontend) -> None:
     async with serving(Upstream(answer(GOOD))) as a, serving(Upstream(answer(GOOD))) as b:
         rack = {"name": "rack", "host": "127.0.0.1", "port": 1, "nodes": [node_of(a, "a"), node_of(b, "b/c d")]}
@@ -491,6 +550,8 @@ def test_whom_a_proxied_request_is_for() -> None:
     metrics = OwnMetrics(registry, HealthBoard(registry))
     (behind,) = [node.reach for node in registry.nodes() if node.name == "w"]
 
+    assert metrics._targets.refresh() and not metrics._targets.refresh()
+
     def whom(host: str, port: int, path: str) -> TargetLabels:
         return metrics._targets.labels(TcpAddress(host, port), path)
 
@@ -503,13 +564,40 @@ def test_whom_a_proxied_request_is_for() -> None:
 
 
 def test_series_of_nodes_that_are_gone_end() -> None:
+    registry = registry_of(node_called("gone"))
+    metrics = OwnMetrics(registry, HealthBoard(registry))
+
+    def told() -> str:
+        return metrics.describe(scrape.Wanted((), (), 1, True), [], 0)().decode()
+
+    with metrics.watching(TcpAddress("127.0.0.1", 7000), "/") as watched:
+        watched.status = 200
+    assert 'node="gone"' in told()
+    with metrics.watching(TcpAddress("127.0.0.1", 7000), "/") as watched:
+        watched.status = 200
+        registry.publish("nodes", [])
+        assert 'node="gone"' not in told()
+    text = told()
+    assert 'node="gone"' not in text
+    name = "lmcache_frontend_proxy_requests_total"
+    assert value_of(text, name, node="other", proxy="", code="2xx") == 1, "one that left while it was asked"
+
+
+def test_series_do_not_pile_up_where_nobody_reads_them() -> None:
     registry = registry_of()
     metrics = OwnMetrics(registry, HealthBoard(registry))
-    metrics._requests.labels("gone", "local_proxy", "2xx").inc()
-    metrics._requests.labels(*OTHER, "2xx").inc()
-    text = metrics.describe(scrape.Wanted((), (), 1, True), [], 0)().decode()
-    assert 'node="gone"' not in text
-    assert value_of(text, "lmcache_frontend_proxy_requests_total", node="other", proxy="", code="2xx") == 1
+    for number in range(20):
+        registry.publish("nodes", node_called(f"n{number}"))
+        with metrics.watching(TcpAddress("127.0.0.1", 7000), "/") as watched:
+            watched.status = 200
+            watched.traffic.sent = 1
+    for counter in (metrics._requests, metrics._bytes):
+        assert len({sample.labels["node"] for family in counter.collect() for sample in family.samples}) == 1
+    assert list(metrics._series) == [TargetLabels("n19", "local_proxy")]
+
+
+def node_called(name: str) -> list[Node | Proxy]:
+    return entries({"name": name, "host": "127.0.0.1", "port": 7000})
 
 
 async def test_states_and_roles_are_told(api_server: StartApi, frontend_server: StartFrontend) -> None:

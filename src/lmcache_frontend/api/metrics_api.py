@@ -47,7 +47,8 @@ def setup(app: web.Application) -> None:
 
 
 async def _scraper(app: web.Application) -> AsyncIterator[None]:
-    app[SCRAPER] = Scraper(app[OWN_METRICS].describe)
+    registry = app[REGISTRY]
+    app[SCRAPER] = Scraper(app[OWN_METRICS].describe, lambda proxy, name: registry.node(proxy, name) is not None)
     yield
     await app[SCRAPER].close()
 

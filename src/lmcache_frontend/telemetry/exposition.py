@@ -19,12 +19,24 @@ when each node has a label value of its own):
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from .layout import BOUNDS, MARK, LabelSets, Layout, LayoutReader, Node, Outline, Part, Table, outline_of
+from .layout import (
+    BOUND_NAMES,
+    BOUNDS,
+    MARK,
+    LabelSets,
+    Layout,
+    LayoutReader,
+    Node,
+    Outline,
+    Part,
+    Selects,
+    Table,
+    outline_of,
+)
 from .lines import (
     MAX_LINE,
     ExpositionError,
@@ -66,7 +78,8 @@ _Lines = Sequence[bytes]
 _Row = tuple[bytes, ...]
 _Sample = tuple[bytes, int, int]
 """A sample's name, and where in a row its labels and its number are."""
-_Variant = tuple[bool, tuple[str, ...], tuple[Matcher, ...] | None]
+_Matchers = tuple[Matcher, ...]
+_Variant = tuple[bool, tuple[str, ...], _Matchers | None]
 """What besides the lines decides how a text is read: its format, the names of its node's labels, which matchers still
 can match."""
 
@@ -134,7 +147,7 @@ class Merge:
 
     def __init__(self, *, matchers: Sequence[Matcher] | None = None) -> None:
         self._matchers = None if matchers is None else tuple(matchers)
-        self._known: _Recent[tuple[_Variant, Outline, Table | None], Layout] = _Recent()
+        self._known: _Recent[tuple[_Variant, Outline, tuple[_Matchers, ...]], Layout] = _Recent()
         self._spelled: _Recent[tuple[_Variant, _Lines], tuple[Layout, Table]] = _Recent()
         self._label_sets: dict[tuple[str, ...], LabelSets] = {}
         self._families: dict[Key, _Family] = {}
@@ -205,10 +218,12 @@ class Merge:
         if len(label_sets) > MAX_LINES:
             label_sets.clear()
         outline, table = outline_of(prefixes, label_sets)
-        key = variant, outline, None if selecting is None else table
+        # What is selected hangs on the labels only through these: a label that no matcher is about makes no new layout.
+        matching = () if selecting is None else _matching(selecting, names, table)
+        key = variant, outline, matching
         layout = self._known.get(key)
         if layout is None or layout.words(words) != layout.words_here:
-            selects = None if selecting is None else functools.partial(_selects, selecting, names)
+            selects = None if selecting is None else _selects(matching)
             reader = LayoutReader(table, openmetrics=is_openmetrics, selects=selects, most_families=MAX_FAMILIES)
             layout = reader.read(outline, words)
             layout.words_here = layout.words(words)
@@ -277,7 +292,12 @@ class _Rows:
         texts = [_labelled(one.text, node.labels) for one in node.table]
         if not self._openmetrics:
             return (*texts, *node.numbers)
-        spelled = [_labelled(one.canonical, node.labels) for one in node.table]
+        spelled: list[bytes] = []
+        for bound in BOUND_NAMES:
+            spelled += [
+                _labelled(one.canonical(bound), node.labels) if bound in one.bounds else text
+                for one, text in zip(node.table, texts, strict=True)
+            ]
         return (*texts, *spelled, *(map(in_seconds, node.numbers) if layout.has_timestamps else node.numbers))
 
 
@@ -349,8 +369,14 @@ def _parted(line: bytes) -> tuple[bytes, bytes]:
     return prefix, word
 
 
-def _selects(matchers: Sequence[Matcher], node_labels: Sequence[str], name: str, labels: Mapping[str, str]) -> bool:
-    return any(matcher.matches_rest(name, labels, node_labels) for matcher in matchers)
+def _matching(matchers: _Matchers, node_labels: Sequence[str], table: Table) -> tuple[_Matchers, ...]:
+    """For each label set the matchers whose conditions on its labels hold."""
+    labels = [dict(one.pairs) for one in table]
+    return tuple([tuple([m for m in matchers if m.matches_labels(one, node_labels)]) for one in labels])
+
+
+def _selects(matching: Sequence[_Matchers]) -> Selects:
+    return lambda name, label_set: any(matcher.matches_name(name) for matcher in matching[label_set])
 
 
 def _size(texts: _Lines) -> int:
@@ -372,33 +398,33 @@ def _openmetrics_samples(
     named: OpenMetricsFamily, layout: Layout, part: Part, created: Part | None
 ) -> Sequence[_Sample]:
     """As OpenMetrics wants the samples of a family: those of one metric together, each followed by when it began."""
-    bounded, _ = BOUNDS.get(part.type, (None, ""))
+    bounded, bound = BOUNDS.get(part.type, (None, ""))
     width = len(layout.table)
+    spelled = 0 if bounded is None else width * (BOUND_NAMES.index(bound) + 1)
     metrics: dict[object, list[_Sample]] = {}
     for suffix, label_set, number in part.samples():
-        spelled = width if suffix == bounded else 0
-        sample = named.samples + suffix, label_set + spelled, 2 * width + number
-        metrics.setdefault(_metric(layout, part, label_set), []).append(sample)
+        sample = named.samples + suffix, label_set + (spelled if suffix == bounded else 0), _numbers_at(layout) + number
+        metrics.setdefault(layout.table[label_set].group(bound), []).append(sample)
     for _, label_set, number in [] if created is None else created.samples():
-        if (metric := metrics.get(_metric(layout, part, label_set))) is not None:
-            metric.append((named.name + b"_created", label_set, 2 * width + number))
+        if (metric := metrics.get(layout.table[label_set].key)) is not None:
+            metric.append((named.name + b"_created", label_set, _numbers_at(layout) + number))
     return [sample for metric in metrics.values() for sample in metric]
 
 
 def _without_metric(named: OpenMetricsFamily, layout: Layout, created: Part, part: Part | None) -> Sequence[_Sample]:
     """When those samples began that are not there: in OpenMetrics they are a family of their own."""
-    width = len(layout.table)
-    metrics = set() if part is None else {_metric(layout, part, label_set) for label_set in part.sets}
+    _, bound = (None, "") if part is None else BOUNDS.get(part.type, (None, ""))
+    metrics = set() if part is None else {layout.table[label_set].group(bound) for label_set in part.sets}
     return [
-        (named.samples, label_set, 2 * width + number)
+        (named.samples, label_set, _numbers_at(layout) + number)
         for _, label_set, number in created.samples()
-        if part is None or _metric(layout, part, label_set) not in metrics
+        if layout.table[label_set].key not in metrics
     ]
 
 
-def _metric(layout: Layout, part: Part, label_set: int) -> object:
-    """What the samples of one metric have in common, and when it began."""
-    return label_set if part.type not in BOUNDS else layout.table[label_set].group
+def _numbers_at(layout: Layout) -> int:
+    """Where the numbers begin in OpenMetrics' rows: behind the label sets as they are, and with each bound spelled."""
+    return len(layout.table) * (1 + len(BOUND_NAMES))
 
 
 def _filled(samples: Sequence[_Sample], rows: Sequence[_Row]) -> Iterator[bytes]:

@@ -32,7 +32,8 @@ BYTES_OF_A_LABEL: Final = 250
 """What a short label takes as Python objects; measured."""
 
 Labels = tuple[tuple[str, str], ...]
-Selects = Callable[[str, Mapping[str, str]], bool]
+Selects = Callable[[str, int], bool]
+"""Whether a sample is wanted, by its name and the number of its label set in the table."""
 
 SUFFIXES: Final[Mapping[str, tuple[bytes, ...]]] = {
     "counter": (b"",),
@@ -44,28 +45,60 @@ SUFFIXES: Final[Mapping[str, tuple[bytes, ...]]] = {
 BOUNDS: Final[Mapping[str, tuple[bytes, str]]] = {"histogram": (b"_bucket", "le"), "summary": (b"", "quantile")}
 """Which samples must have a label with a number; no other of the family may have it."""
 
+BOUND_NAMES: Final = tuple([bound for _, bound in BOUNDS.values()])
+
 
 class LabelSet:
     """The labels of a sample as the merge writes them: the node's first, then its own, renamed where both have one."""
 
-    __slots__ = ("canonical", "group", "numbers", "pairs", "same", "text", "words")
+    __slots__ = ("bounds", "key", "pairs", "text")
 
     def __init__(self, pairs: Labels, key: Labels, text: bytes) -> None:
         self.pairs = pairs
-        self.text = self.canonical = text
-        self.group = self.same = key
-        """What all samples of one histogram or summary have in common; what is equal if the numbers are."""
-        self.numbers: tuple[str, ...] = ()
-        self.words: tuple[str, ...] = ()
-        """Which of `le` and `quantile` it has that are numbers, or are none."""
-        if bounds := [pair for pair in key if pair[0] in ("le", "quantile")]:
-            self.numbers = tuple([name for name, value in bounds if is_number(value.encode())])
-            self.words = tuple([name for name, _ in bounds if name not in self.numbers])
-            self.group = tuple([pair for pair in key if pair not in bounds])
-            spelled = {name: _spelled(value) for name, value in bounds if name in self.numbers}
-            if spelled.items() - bounds:
-                self.canonical = _label_text([(name, spelled.get(name, value)) for name, value in pairs])
-            self.same = (*self.group, *spelled.items())
+        self.key = key
+        """The same in the order of their names."""
+        self.text = text
+        self.bounds: Mapping[str, Bound] = _NONE
+        """Which of `le` and `quantile` it has; `le` is one in histograms only, `quantile` in summaries only."""
+        if bounds := [pair for pair in key if pair[0] in BOUND_NAMES]:
+            self.bounds = {name: _bound(name, value, pairs, key, text) for name, value in bounds}
+
+    def group(self, bound: str) -> Labels:
+        """What all samples of one histogram or summary have in common."""
+        found = self.bounds.get(bound)
+        return self.key if found is None else found.group
+
+    def same(self, bound: str) -> Labels:
+        """What is equal if the numbers are."""
+        found = self.bounds.get(bound)
+        return self.key if found is None else found.same
+
+    def canonical(self, bound: str) -> bytes:
+        """The text with the bound as OpenMetrics spells it."""
+        found = self.bounds.get(bound)
+        return self.text if found is None else found.canonical
+
+
+class Bound(NamedTuple):
+    """One label of a label set as the bound of a histogram's bucket, or of a summary's quantile."""
+
+    is_number: bool
+    group: Labels
+    same: Labels
+    canonical: bytes
+
+
+_NONE: Final[Mapping[str, Bound]] = {}
+
+
+def _bound(name: str, value: str, pairs: Labels, key: Labels, text: bytes) -> Bound:
+    group = tuple([pair for pair in key if pair[0] != name])
+    if not is_number(value.encode()):
+        return Bound(is_number=False, group=group, same=key, canonical=text)
+    spelled = _spelled(value)
+    if spelled != value:
+        text = _label_text([(other, spelled if other == name else given) for other, given in pairs])
+    return Bound(is_number=True, group=group, same=(*group, (name, spelled)), canonical=text)
 
 
 def _label_text(pairs: Collection[tuple[str, str]]) -> bytes:
@@ -167,11 +200,22 @@ def outline_of(prefixes: Sequence[bytes], label_sets: LabelSets) -> tuple[Outlin
 
 
 def _shape(table: Table) -> tuple[object, ...]:
+    """By bound: nothing where no label set has it, because then each is its own group."""
+    return tuple(
+        [_shape_by(bound, table) if any(bound in one.bounds for one in table) else () for bound in BOUND_NAMES]
+    )
+
+
+def _shape_by(bound: str, table: Table) -> tuple[object, ...]:
     groups: dict[Labels, int] = {}
     same: dict[Labels, int] = {}
     return tuple(
         [
-            (one.numbers, one.words, groups.setdefault(one.group, len(groups)), same.setdefault(one.same, len(same)))
+            (
+                found.is_number if (found := one.bounds.get(bound)) is not None else None,
+                groups.setdefault(one.group(bound), len(groups)),
+                same.setdefault(one.same(bound), len(same)),
+            )
             for one in table
         ]
     )
@@ -358,12 +402,12 @@ class LayoutReader:
         samples = list(zip(part.suffixes, part.sets, strict=True))
         if bounded is not None:
             for (suffix, label_set), index in zip(samples, positions, strict=True):
-                one = self._table[label_set]
-                if (bound in one.numbers) != (suffix == bounded) or bound in one.words:
+                found = self._table[label_set].bounds.get(bound)
+                if (found is not None) != (suffix == bounded) or (found is not None and not found.is_number):
                     raise error_at(index, f"{bound} has to be a number, in {part.type}s", part.name + suffix)
         if len(samples) < 2:
             return
-        same = samples if bounded is None else [(suffix, self._table[number].same) for suffix, number in samples]
+        same = samples if bounded is None else [(suffix, self._table[number].same(bound)) for suffix, number in samples]
         if len(set(same)) < len(same):
             seen = set()
             for sample, index in zip(same, positions, strict=True):
@@ -376,7 +420,7 @@ class LayoutReader:
         kept = [
             (suffix, label_set, index)
             for suffix, label_set, index in zip(part.suffixes, part.sets, positions, strict=True)
-            if self._selects((part.name + suffix).decode(), dict(self._table[label_set].pairs))
+            if self._selects((part.name + suffix).decode(), label_set)
         ]
         part.suffixes = [suffix for suffix, _, _ in kept]
         part.sets = [label_set for _, label_set, _ in kept]

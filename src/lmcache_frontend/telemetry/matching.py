@@ -44,19 +44,23 @@ class Matcher:
 
     def matches(self, name: str, labels: Mapping[str, str]) -> bool:
         """Whether a sample is selected."""
-        return self.matches_node(labels) and self.matches_rest(name, labels, ())
+        return self.matches_labels(labels, ()) and self.matches_name(name)
 
     def matches_node(self, labels: Mapping[str, str]) -> bool:
         """Whether the conditions on these labels hold."""
         return all(holds(labels[label]) for label, holds in self._conditions if label in labels)
 
-    def matches_rest(self, name: str, labels: Mapping[str, str], node_labels: Collection[str]) -> bool:
-        """Whether all conditions hold but those on the labels that `matches_node` was asked about."""
+    def matches_labels(self, labels: Mapping[str, str], node_labels: Collection[str]) -> bool:
+        """Whether the conditions on a sample's other labels hold."""
         return all(
-            holds(name if label == "__name__" else labels.get(label, ""))
+            holds(labels.get(label, ""))
             for label, holds in self._conditions
-            if label not in node_labels
+            if label != "__name__" and label not in node_labels
         )
+
+    def matches_name(self, name: str) -> bool:
+        """Whether the conditions on a sample's name hold."""
+        return all(holds(name) for label, holds in self._conditions if label == "__name__")
 
 
 def parse_match(text: str) -> Matcher:

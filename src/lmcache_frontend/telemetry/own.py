@@ -143,14 +143,22 @@ class _Targets:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._read = -1
-        """The registry's revision of which this is the index."""
+        self.revision = -1
+        """The registry's, of which this is the index."""
+        self.known: Set[TargetLabels] = frozenset()
+        """All that are registered, and `OTHER`."""
         self._found: dict[Address, dict[str, TargetLabels]] = {}
 
+    def refresh(self) -> bool:
+        """Whether the registry has changed since the last time."""
+        if self._registry.revision == self.revision:
+            return False
+        proxies = list(self._registry.proxies())
+        self.revision = self._registry.revision
+        self._index(proxies)
+        return True
+
     def labels(self, address: Address, path: str) -> TargetLabels:
-        if self._registry.revision != self._read:
-            self._read = self._registry.revision
-            self._index(list(self._registry.proxies()))
         by_prefix = self._found.get(address, {})
         rest = path.partition("?")[0]
         segments = rest.split("/", MAX_PREFIX_SEGMENTS + 1)[: MAX_PREFIX_SEGMENTS + 1]
@@ -169,6 +177,8 @@ class _Targets:
         for proxy in proxies:
             if proxy.name != LOCAL_PROXY:
                 self._found.setdefault(proxy.address, {}).setdefault("", TargetLabels("", proxy.name))
+        of_nodes = (TargetLabels(node.name, proxy.name) for proxy in proxies for node in proxy.nodes)
+        self.known = {OTHER, *of_nodes, *(TargetLabels("", proxy.name) for proxy in proxies)}
 
 
 class OwnMetrics:
@@ -180,7 +190,6 @@ class OwnMetrics:
     """
 
     def __init__(self, registry: Registry, health: HealthBoard) -> None:
-        self._nodes = registry
         self._targets = _Targets(registry)
         self._health = health
         self._registry = CollectorRegistry(auto_describe=False)
@@ -189,6 +198,8 @@ class OwnMetrics:
         self._bytes = self._counter("proxy_bytes_total")
         self._errors = self._counter("proxy_errors_total")
         name, _, labels, text = FAMILIES["proxy_request_seconds"]
+        self._series: dict[TargetLabels, set[tuple[Counter, str]]] = {}
+        """Which counters have a target's series, and with which last label."""
         self._seconds = Histogram(name, text, labels, buckets=REQUEST_SECONDS_BUCKETS, registry=self._registry)
 
     def _counter(self, short: str) -> Counter:
@@ -198,6 +209,7 @@ class OwnMetrics:
     @contextlib.contextmanager
     def watching(self, address: Address, path: str) -> Iterator[Watched]:
         """Count a proxied request to `path` at `address`, however it ends."""
+        self._forget_the_gone()
         target = self._targets.labels(address, path)
         watched = Watched()
         began = time.perf_counter()
@@ -217,13 +229,13 @@ class OwnMetrics:
             error = "failed"
             raise
         finally:
-            self._requests.labels(*target, f"{watched.status // 100}xx").inc()
+            self._count(self._requests, target, f"{watched.status // 100}xx")
             self._seconds.labels(target.kind).observe(time.perf_counter() - began)
             for direction, count in (("sent", watched.traffic.sent), ("received", watched.traffic.received)):
                 if count:
-                    self._bytes.labels(*target, direction).inc(count)
+                    self._count(self._bytes, target, direction, count)
             if error is not None:
-                self._errors.labels(*target, error).inc()
+                self._count(self._errors, target, error)
 
     def describe(self, wanted: Wanted, outcomes: Sequence[Outcome], conflicts: int) -> Callable[[], bytes]:
         """Writes the frontend's part of a round's exposition; where nodes were chosen, that of their scrapes alone.
@@ -239,27 +251,26 @@ class OwnMetrics:
             _family("nodes", [({"state": state}, count) for state, count in self._health.counts().items()]),
             _family("build_info", [(build, 1)]),
         ]
-        known = self._known()
+        self._forget_the_gone()
 
         def write() -> bytes:
-            self._forget_all_but(known)
             counted = generate_latest(_WithoutCreated(self._registry))
             return b"".join([*_of_scrapes(outcomes), "".join(families).encode(), counted])
 
         return write
 
-    def _known(self) -> set[tuple[str, str]]:
-        proxies = list(self._nodes.proxies())
-        nodes = {(node.name, proxy.name) for proxy in proxies for node in proxy.nodes}
-        return nodes | {("", proxy.name) for proxy in proxies} | {OTHER}
+    def _count(self, counter: Counter, target: TargetLabels, last: str, amount: float = 1) -> None:
+        if target not in self._targets.known:
+            target = OTHER  # it left while it was asked
+        self._series.setdefault(target, set()).add((counter, last))
+        counter.labels(*target, last).inc(amount)
 
-    def _forget_all_but(self, known: Set[tuple[str, str]]) -> None:
+    def _forget_the_gone(self) -> None:
         """Series of nodes that are no longer registered end, or they would pile up as nodes come and go."""
-        for counter in (self._requests, self._bytes, self._errors):
-            for labels in [sample.labels for metric in counter.collect() for sample in metric.samples]:
-                if (labels["node"], labels["proxy"]) not in known:
-                    with contextlib.suppress(KeyError):  # each counter has a second sample of the same labels
-                        counter.remove(*labels.values())
+        if self._targets.refresh():
+            for target in self._series.keys() - self._targets.known:
+                for counter, last in self._series.pop(target):
+                    counter.remove(*target, last)
 
 
 class _WithoutCreated:

@@ -47,7 +47,15 @@ serves a dashboard for so many has it.
 """
 
 MAX_ROUNDS = 8
-"""Rounds that are in memory at once; those with the same parameters at the same moment are one."""
+"""Rounds that run at once; those with the same parameters at the same moment are one.
+
+Those that are over and still read are bounded by the bytes that they hold: a few slow readers keep nobody else waiting.
+"""
+
+MAX_OWN_BYTES = 64 << 20
+"""Of the frontend's own expositions that are held at once: they have room when the nodes' is full. One before 10,000
+nodes has 5 MiB.
+"""
 
 INLINE_BYTES = 128 << 10
 """An exposition of up to this size is merged between two turns of the event loop, which takes a few milliseconds. A
@@ -160,12 +168,22 @@ class Scraper:
 
     Args:
         describe: what is added to a round's merge, as the frontend's own.
-        max_bytes: of all expositions that are held at once.
+        is_registered: whether there is a node, by its proxy and its name; of others no problem is remembered.
+        max_bytes, max_own_bytes: of all expositions that are held at once, the nodes' and the frontend's own.
     """
 
-    def __init__(self, describe: Describe, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        describe: Describe,
+        is_registered: Callable[[str, str], bool],
+        *,
+        max_bytes: int = MAX_BYTES,
+        max_own_bytes: int = MAX_OWN_BYTES,
+    ) -> None:
         self._describe = describe
+        self._is_registered = is_registered
         self._room = Room(max_bytes)
+        self._own_room = Room(max_own_bytes)
         self._rounds: dict[Wanted, _Round] = {}
         """Those that run, which others may share."""
         self._held: set[_Round] = set()
@@ -179,13 +197,13 @@ class Scraper:
         """A round of scrapes; its result is kept in memory until the last one who shares it is done.
 
         Raises:
-            Refusal: 503 when too many different rounds are under way.
+            Refusal: 503 when too many different rounds are under way, or too much is held for others.
         """
         shared = self._rounds.get(wanted)
         if shared is None:
-            if len(self._held) >= MAX_ROUNDS:
+            if len(self._rounds) >= MAX_ROUNDS:
                 raise Refusal(503, "too many different scrapes at once; try again later", {"Retry-After": "1"})
-            shared = self._rounds[wanted] = _Round(self._room)
+            shared = self._rounds[wanted] = _Round(self._room, self._own_room)
             shared.task = asyncio.create_task(self._scrape(wanted, shared), name="scrape")
             # Who asks later asks anew: samples are of the moment in which they are asked for.
             shared.task.add_done_callback(functools.partial(self._ended, wanted))
@@ -230,19 +248,26 @@ class Scraper:
         finally:
             await run.close()
         in_order = [outcome for _, outcome in sorted(zip(line, outcomes, strict=True), key=lambda pair: pair[0])]
-        self._note(in_order, are_all=wanted.tells_own and bool(in_order))
+        self._note(in_order)
         own = Merge(matchers=matchers or None)
         describe = self._describe(wanted, in_order, merge.conflicts)
-        await self.in_thread(lambda: own.add({}, describe()))
+
+        def write() -> int:
+            text = describe()
+            own.add({}, text)
+            return len(text)
+
+        try:
+            shared.take_own(await self.in_thread(write))
+        except ScrapeError:
+            raise Refusal(503, "too much is held for other scrapes; try again later", {"Retry-After": "1"}) from None
         return Result(merge, own)
 
-    def _note(self, outcomes: Sequence[Outcome], *, are_all: bool) -> None:
+    def _note(self, outcomes: Sequence[Outcome]) -> None:
         """Log each reason once, when it appears, changes or goes; of many at once the first few."""
-        seen = set()
         told: list[str] = []
         for outcome in outcomes:
             key = (outcome.leaf.proxy, outcome.leaf.node.name)
-            seen.add(key)
             before = self._problems.pop(key, None)
             if outcome.problem is not None:
                 self._problems[key] = outcome.problem
@@ -254,9 +279,8 @@ class Scraper:
             logger.warning("%s", line)
         if len(told) > MAX_LINES:
             logger.warning("and %d more nodes whose metrics are missing or back", len(told) - MAX_LINES)
-        if are_all:
-            for gone in self._problems.keys() - seen:
-                del self._problems[gone]
+        for gone in [key for key in self._problems if not self._is_registered(*key)]:
+            del self._problems[gone]
 
 
 class Room:
@@ -280,11 +304,16 @@ class Room:
 class _Round:
     """A round that may be shared: who uses it, and the room that it has taken."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Room, own_room: Room) -> None:
         self.task: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self.users = 0
         self._room = room
-        self._taken = 0
+        self._own_room = own_room
+        self._taken = self._own_taken = 0
+
+    def take_own(self, size: int) -> None:
+        self._own_room.take(size)
+        self._own_taken += size
 
     def take(self, size: int) -> None:
         self._room.take(size)
@@ -298,6 +327,8 @@ class _Round:
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
         self.give_back(self._taken)
+        self._own_room.give_back(self._own_taken)
+        self._own_taken = 0
 
 
 class _Run:
@@ -384,6 +415,8 @@ class _Run:
                         raise ScrapeError(f"/metrics is larger than {MAX_NODE_BYTES} bytes")
                     self._shared.take(len(piece))
                     body += piece
+                if _is_whole(response) and not body.endswith(b"\n"):
+                    body += b"\n"  # Prometheus' lexer adds it too
             if OURS in body and _SENDS_OURS.search(body):
                 raise ScrapeError(f"has {OURS.decode()}* metrics, so it is a frontend; make it a proxy with its nodes")
         except BaseException:
@@ -425,9 +458,20 @@ class _Turn:
         self._tell()
 
 
+def _is_whole(response: aiohttp.ClientResponse) -> bool:
+    """Whether an answer that was read without an error had an end of its own, and not just that of the connection."""
+    fields = response.headers
+    is_chunked = fields.get("Transfer-Encoding", "").lower().endswith("chunked")
+    return is_chunked or "Content-Length" in fields or _encoding(response) == "gzip"
+
+
+def _encoding(response: aiohttp.ClientResponse) -> str:
+    return response.headers.get("Content-Encoding", "identity").strip().lower()
+
+
 async def _plain_pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """The body, inflated where the node compresses it unasked; no piece is larger than `PIECE_BYTES` by that."""
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    encoding = _encoding(response)
     if encoding == "identity":
         async for piece in response.content.iter_any():
             yield piece
