@@ -22,7 +22,7 @@ from lmcache_frontend.api.metrics_api import SCRAPER
 from lmcache_frontend.nodes.node import Node, Proxy, read_list
 from lmcache_frontend.options import Options
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
-from lmcache_frontend.telemetry import scrape
+from lmcache_frontend.telemetry import exposition, scrape
 from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_frontend.telemetry.negotiation import wants_gzip, wants_openmetrics
 from lmcache_frontend.telemetry.own import FAMILIES, OTHER, OwnMetrics, TargetLabels
@@ -677,3 +677,10 @@ async def test_every_family_of_ours_is_told_as_it_is(frontend_server: StartFront
 def test_the_options_default_is_below_prometheus_own_timeout() -> None:
     assert Options().scrape_seconds < 10
     assert logging.getLogger(scrape.__name__).level == logging.NOTSET
+
+
+def test_what_is_held_at_once_can_be_one_answer() -> None:
+    line = b'lmcache:h10_bucket{le="%d.0",worker_id="0",model="m/llama",role="worker"} 5\n'
+    text = b"".join(line % number for number in range(750))
+    assert 55_000 < len(text) < 60_000, "as many samples as there may be in a node's 57 KB"
+    assert scrape.MAX_BYTES / len(text) * 750 <= exposition.MAX_SAMPLES

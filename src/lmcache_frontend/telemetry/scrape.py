@@ -42,8 +42,8 @@ MAX_NODE_BYTES = 8 << 20
 """Of one node's exposition, uncompressed: a hundred times that of a worker."""
 
 MAX_BYTES = 512 << 20
-"""Of all expositions that are held at once, those of other rounds among them: 9,000 nodes of 57 KB, and a machine that
-serves a dashboard for so many has it.
+"""Of all expositions that are held at once, those of other rounds among them: 9,000 nodes of 57 KB, with up to 750
+samples each (`exposition.MAX_SAMPLES`), and a machine that serves a dashboard for so many has it.
 """
 
 MAX_ROUNDS = 8
