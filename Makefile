@@ -15,7 +15,7 @@ SOURCES := src tests tools benchmarks hatch_build.py
 help:  ## show this
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: $(VENV)/.run  ## start a local cluster, its controller and its dashboard (PORT=8080 WORKERS=2 LOAD=2 HOST=127.0.0.1); Ctrl-C stops it
+run: $(VENV)/.run  ## start a local cluster, its controller and its dashboard (PORT=8080 WORKERS=2 LOAD=2 HOST=127.0.0.1 CONFIG=config/lmcache.yaml); Ctrl-C stops it
 	@$(BIN)/python tools/local_cluster.py --config $(CONFIG) --workers $(WORKERS) --load $(LOAD) --host $(HOST) --port $(PORT)
 
 test: $(VENV)/.test  ## run all tests but those that need a real LMCache or vLLM (ARGS="-k proxy")
@@ -47,7 +47,7 @@ bench: $(VENV)/.bench  ## measure beside FastAPI and uvicorn
 
 bench-lmcache: $(VENV)/.run  ## install the real LMCache beside the project (cached) and measure beside its own server
 	@LMCACHE_PYTHON=$$(tools/install_lmcache.sh $(PYTHON)) && export LMCACHE_PYTHON && \
-	  $(BIN)/python benchmarks/engine.py && $(BIN)/python benchmarks/operations.py
+	  $(BIN)/python benchmarks/engine.py && $(BIN)/python benchmarks/operations.py && $(BIN)/python benchmarks/metrics.py
 
 wheel: $(VENV)/.run  ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -115,6 +115,10 @@ class Child:
                 with contextlib.suppress(BrokenPipeError):
                     process.communicate()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def ask(self, question: str) -> list[str]:
         assert self._process.stdin is not None, "it is started with a pipe"
         try:

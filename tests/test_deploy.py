@@ -25,17 +25,18 @@ import yaml
 
 from lmcache_api.__main__ import parser as api_parser
 from lmcache_api.pytest_plugin import free_port
-from lmcache_frontend.nodes.node import Node
+from lmcache_frontend.nodes.node import Node, read_list
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import DEFINITIONS as OPTIONS
 from lmcache_frontend.options import ENV_PREFIX, Options, flag_of, read_options
-from lmcache_frontend.server import DRAIN_SECONDS, read_nodes
+from lmcache_frontend.server import DRAIN_SECONDS
 from lmcache_shared import config
 from lmcache_shared.errors import OpsError
-from lmcache_shared.placement import place
+from lmcache_shared.placement import CONTROLLER_INDEX, place
 from lmcache_shared.settings import DEFINITIONS as SETTINGS
 from lmcache_shared.settings import EXTRA, Settings
 from tests.e2e.processes import environment, read_until
+from tests.frontend.registries import registry_of as laid
 
 ROOT = Path(__file__).parents[1]
 SYSTEMD = ROOT / "deploy" / "systemd"
@@ -330,7 +331,7 @@ def registry_of(documents: Sequence[Document], workload: Document, container: Do
     options = options_of(container)
     assert options.config is not None
     text = mounted_file(documents, workload, container, options.config) or ""
-    return Registry(read_nodes(Options(nodes=text)), host="h", port=1)
+    return laid(read_list(text.encode(), "nodes.json"))
 
 
 def configurations(documents: Sequence[Document]) -> Iterator[str]:
@@ -773,8 +774,9 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
 
 def test_the_files_of_etc_fit_together() -> None:
     settings = read_settings((SYSTEMD / "etc" / "lmcache.yaml").read_text())
-    nodes = [node for node in read_nodes(Options(config=str(SYSTEMD / "etc" / "nodes.json"))) if isinstance(node, Node)]
-    placed = [place(settings, index) for index in (0, 1)]
+    file = SYSTEMD / "etc" / "nodes.json"
+    nodes = [node for node in read_list(file.read_bytes(), str(file)) if isinstance(node, Node)]
+    placed = [place(settings, index) for index in (0, 1, CONTROLLER_INDEX)]
     assert [(node.name, node.address) for node in nodes] == [(each.name, each.address) for each in placed]
     service = unit((SYSTEMD / UNITS[0]).read_text())["Service"]
     folder = f"/run/{service['RuntimeDirectory']}/"
@@ -854,6 +856,16 @@ def test_the_units_lines_run(tmp_path: Path) -> None:
         assert b'"num_hit_tokens":0' in ask(port, "/proxy2/lmcache_scheduler/cache/lookup?tokens_mock=0,256").replace(
             b" ", b""
         )
+    assert list((tmp_path / "run").glob("socket_*")) == []
+
+    with contextlib.ExitStack() as stack:  # or all in one process, and the controller beside it
+        for instance in ("controller", "all"):
+            stack.enter_context(started(here(exec_line(service, instance)[0]), "serves on"))
+        stack.enter_context(started(here(frontend), "frontend serves on http://127.0.0.1", **environ))
+        deadline = time.monotonic() + 20
+        while b'"worker_id":0' not in (told := ask(port, "/proxy2/lmcache_controller/controller/workers")):
+            assert time.monotonic() < deadline, told
+            time.sleep(0.1)
     assert list((tmp_path / "run").glob("socket_*")) == []
 
 

@@ -11,7 +11,7 @@ from lmcache_api import create_app
 from lmcache_api.__main__ import parser as api_parser
 from lmcache_api.embedded import EmbeddedComponent
 from lmcache_frontend.app import create_app as create_frontend
-from lmcache_frontend.nodes.registry import Registry
+from lmcache_frontend.cluster import Cluster
 from lmcache_frontend.options import Options
 from lmcache_shared.settings import Settings
 
@@ -42,7 +42,7 @@ def test_every_route_of_a_component_is_told() -> None:
 
 def test_every_route_of_the_frontend_is_told() -> None:
     text = (ROOT / "docs" / "frontend.md").read_text()
-    app = create_frontend(Options(), Registry([], host="h", port=1))
+    app = create_frontend(Options(), Cluster(Options(registry="memory")))
     assert [path for path in paths(app) if f"`{path}`" not in text] == [], "tell of it in docs/frontend.md"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lmcache_frontend import options
+from lmcache_frontend.telemetry import own
 from lmcache_shared import settings
 from lmcache_shared.settings import Definition
 
@@ -40,10 +41,18 @@ def options_table() -> list[str]:
     ]
 
 
+def own_metrics_table() -> list[str]:
+    return [
+        _row(f"`{row.name}`", row.kind, ", ".join(f"`{label}`" for label in row.labels), row.help)
+        for row in own.FAMILIES.values()
+    ]
+
+
 TABLES = {
     "configuration.md": ("settings", settings_table),
     "engine.md": ("engine", engine_table),
     "frontend.md": ("options", options_table),
+    "metrics.md": ("own", own_metrics_table),
 }
 
 

@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace, stop: threading.Event, children: list[Chil
     ]
     if settings.controller_address is not None:  # in this cluster the workers report to this controller
         workers += ["--set", f"controller_address={placements[-1].address}"]
-    nodes = ["--nodes", json.dumps([placement.node for placement in placements])]
+    nodes = ["--registry", "memory", "--nodes", json.dumps([placement.node for placement in placements])]
     prefix = ["--socket-prefix", settings.internal_api_server_socket_path_prefix or ""]
     listen = ["--host", options.host, "--port", str(frontend.port)]
     for name, command, servers in (
@@ -92,10 +92,18 @@ def _run(options: argparse.Namespace, stop: threading.Event, children: list[Chil
         for child in children:
             child.read()  # or a script that prints would one day wait for room in the pipe
             if child.ended:
-                print(f"make run: {child.name} ended with code {child.process.returncode}", file=sys.stderr)
+                print(f"make run: {child.name} ended with code {_code(child.process.returncode)}", file=sys.stderr)
                 return 1
     print("\nstopped", flush=True)
     return 0
+
+
+def _code(code: int) -> str:
+    """What a program ended with, for people: -9 is a signal."""
+    try:
+        return f"{code} (killed by {signal.Signals(-code).name})" if code < 0 else str(code)
+    except ValueError:
+        return str(code)
 
 
 def _placements(options: argparse.Namespace, settings: Settings) -> list[Placement]:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from lmcache_api.component import Component
@@ -97,7 +98,7 @@ async def _lmcache(
 ) -> Component:
     """LMCache's standalone engine, started, and stopped by `stack`: the one worker that is wanted."""
     if options.role == "controller":
-        from lmcache_api.bridge.controller import StandaloneController
+        from lmcache_api.bridge.standalone_controller import StandaloneController
 
         controller = await asyncio.to_thread(
             StandaloneController, options.config, overrides, log_level=options.log_level
@@ -132,15 +133,24 @@ def _embedded(
     if options.role == "controller":
         return [stack.enter_context(EmbeddedControllerComponent(settings))]
     world_size = max([options.workers, *wanted])
-    workers = [
-        stack.enter_context(EmbeddedComponent(settings, index, world_size=world_size))
-        for index in wanted
-        if index != SCHEDULER_INDEX
-    ]
+    workers: list[EmbeddedComponent] = []
+    stack.push_async_callback(_stop_all, workers)
+    for index in wanted:
+        if index != SCHEDULER_INDEX:
+            workers.append(EmbeddedComponent(settings, index, world_size=world_size))
+            workers[-1].start()
     if SCHEDULER_INDEX not in wanted:
         return workers
     scheduler = EmbeddedComponent(settings, SCHEDULER_INDEX, world_size=options.workers, workers=workers)
     return [stack.enter_context(scheduler), *workers]
+
+
+async def _stop_all(components: Sequence[EmbeddedComponent]) -> None:
+    """Stop them together: each may wait for a second, for a controller that hangs."""
+    if components:
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(len(components), thread_name_prefix="stop") as threads:
+            await asyncio.gather(*(loop.run_in_executor(threads, component.stop) for component in components))
 
 
 def _indexes(options: argparse.Namespace) -> list[int]:

@@ -293,6 +293,15 @@ class ControllerError(OpsError):
         self.status = status
 
 
+PART_OF_A_CALL = 0.9
+"""A controller answers before the deadline of the call (`internal_api_server_call_seconds`)."""
+
+
+def nobody_at(ip: str) -> str:
+    """Why `query_instance` is a 404."""
+    return f"no instance is registered at {ip[:256]}; GET /controller/workers lists the workers and their addresses"
+
+
 class Component(Protocol):
     """One scheduler, worker or controller. An ability that it lacks is `None`."""
 

@@ -78,6 +78,29 @@ class ComponentServer:
         await self.stop()
 
 
+class _Run:
+    """One start of a server in a thread, and how it is told to end: also before it listens."""
+
+    def __init__(self) -> None:
+        self.ready = threading.Event()
+        self.thread: threading.Thread | None = None
+        self._ending = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
+
+    async def until_end(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.ready.set()
+        if not self._ending.is_set():  # or it was ended when there was no loop to tell
+            await self._stop.wait()
+
+    def end(self) -> None:
+        self._ending.set()
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed already
+                self._loop.call_soon_threadsafe(self._stop.set)
+
+
 class InternalAPIServer:
     """The server in a thread of its own, with the constructor and methods of LMCache's class of that name.
 
@@ -97,9 +120,7 @@ class InternalAPIServer:
         self.failure: OpsError | None = None
         self._manager = lmcache_manager
         self._stopped = False
-        self._thread: threading.Thread | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
+        self._run: _Run | None = None
         self._server: ComponentServer | None = None
         self._prepare()
 
@@ -133,56 +154,54 @@ class InternalAPIServer:
     def start(self) -> None:
         """Serve from a thread named `api-server-thread`; returns when it listens or has failed.
 
-        After `stop` it starts anew, with the settings as they are then.
+        After `stop`, or when it could not serve, it starts anew, with the settings as they are then.
         """
-        if self._thread is not None:
+        run = self._run
+        if run is not None and run.thread is not None and run.thread.is_alive():
             return
-        if self._stopped:
+        if run is not None or self._stopped:
             self._stopped = False
             self.failure = None
+            self._server = None
             self._prepare()
         if self._server is None:
             return
-        ready = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(self._server, ready), name="api-server-thread", daemon=True
+        run = self._run = _Run()
+        thread = run.thread = threading.Thread(
+            target=self._serve_in_thread, args=(self._server, run), name="api-server-thread", daemon=True
         )
-        self._thread.start()
-        if not ready.wait(START_SECONDS):
+        thread.start()
+        if not run.ready.wait(START_SECONDS):
             logger.error("internal API on %s: not listening after %g seconds", self.address, START_SECONDS)
+        elif self.failure is not None:
+            thread.join(STOP_SECONDS_BEYOND_DRAIN)  # it has failed, and ends
 
     def stop(self) -> None:
         """Stop serving; returns when the socket is gone and requests in flight have ended, within the drain time."""
-        thread, loop, stop = self._thread, self._loop, self._stop
-        if thread is None or self._server is None:
+        run, server = self._run, self._server
+        if run is None or run.thread is None or server is None:
             return
-        if loop is not None and stop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has closed already
-                loop.call_soon_threadsafe(stop.set)
-        drain = self._server.component.settings.internal_api_server_drain_seconds
-        thread.join(drain + STOP_SECONDS_BEYOND_DRAIN)
-        if thread.is_alive():
-            logger.warning("internal API on %s: a request did not end in time; its thread is left", self.address)
-        self._thread = None
+        run.end()
+        run.thread.join(server.component.settings.internal_api_server_drain_seconds + STOP_SECONDS_BEYOND_DRAIN)
+        if run.thread.is_alive():
+            logger.warning("internal API on %s: it did not end in time; its thread is left", self.address)
+        self._run = None
         self._stopped = True
         self._server = None
 
-    def _run(self, server: ComponentServer, ready: threading.Event) -> None:
+    def _serve_in_thread(self, server: ComponentServer, run: _Run) -> None:
         loop = uvloop.new_event_loop()
         try:
-            loop.run_until_complete(self._serve(server, ready))
+            loop.run_until_complete(self._serve(server, run))
         finally:
-            ready.set()
+            run.ready.set()
             loop.close()
 
-    async def _serve(self, server: ComponentServer, ready: threading.Event) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stop = asyncio.Event()
+    async def _serve(self, server: ComponentServer, run: _Run) -> None:
         try:
             async with server:
-                logger.info("internal API of %s serves on %s", server.placement.name, self.address)
-                ready.set()
-                await self._stop.wait()
+                logger.info("internal API of %s serves on %s", server.placement.name, server.placement.address)
+                await run.until_end()
         except OpsError as error:
             self._fail(error)
         except Exception as error:

@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from lmcache_frontend.options import PROGRAM, read_options
 from lmcache_frontend.server import serve
 from lmcache_shared import program
-from lmcache_shared.errors import START_FAILED, ConfigError
+from lmcache_shared.errors import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = read_options(arguments, os.environ)
     except ConfigError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return START_FAILED
+        return program.refuse(PROGRAM, error)
     program.configure_logging(options.log_level)
 
     async def run(stop: asyncio.Event) -> None:

@@ -6,16 +6,27 @@ from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
+from lmcache_frontend.cluster import Cluster
+from lmcache_frontend.discovery.service import DiscoveryService
+from lmcache_frontend.nodes.by_hand import ByHand
+from lmcache_frontend.nodes.neighbours import Neighbours
 from lmcache_frontend.nodes.registry import Registry
+from lmcache_frontend.nodes.sources import Sources
 from lmcache_frontend.options import Options
 from lmcache_frontend.proxy.policy import Policy
 from lmcache_frontend.proxy.transport import Targets
 from lmcache_frontend.telemetry.health import HealthBoard
+from lmcache_frontend.telemetry.own import OWN_METRICS, OwnMetrics
 from lmcache_shared import routes
 from lmcache_shared.access import own_site_only
 from lmcache_shared.errors import refusals
 
+OPTIONS: web.AppKey[Options] = web.AppKey("options", Options)
 REGISTRY: web.AppKey[Registry] = web.AppKey("registry", Registry)
+SOURCES: web.AppKey[Sources] = web.AppKey("sources", Sources)
+BY_HAND: web.AppKey[ByHand] = web.AppKey("by hand", ByHand)
+NEIGHBOURS: web.AppKey[Neighbours] = web.AppKey("neighbours", Neighbours)
+DISCOVERY: web.AppKey[DiscoveryService] = web.AppKey("discovery", DiscoveryService)
 POLICY: web.AppKey[Policy] = web.AppKey("policy", Policy)
 TARGETS: web.AppKey[Targets] = web.AppKey("targets", Targets)
 HEALTH: web.AppKey[HealthBoard] = web.AppKey("health", HealthBoard)
@@ -27,19 +38,24 @@ ENTRY_POINTS = "lmcache_frontend.routes"
 """Installed packages declare modules with routes under this entry point."""
 
 
-def create_app(options: Options, registry: Registry) -> web.Application:
-    """The frontend for the nodes of `registry`.
+def create_app(options: Options, cluster: Cluster) -> web.Application:
+    """The frontend of a cluster.
 
     Raises:
         RouteError: a route module is broken, or two claim one route.
     """
     app = web.Application(middlewares=[refusals, own_site_only])
-    app[REGISTRY] = registry
-    app[POLICY] = Policy(registry, options.socket_prefix)
-    app[HEALTH] = HealthBoard(registry, interval=options.health_interval)
-    app[READY] = lambda: None  # this registry is loaded before anything else is there
+    app[OPTIONS] = options
+    app[REGISTRY] = cluster.registry
+    app[SOURCES] = cluster.sources
+    app[BY_HAND] = cluster.by_hand
+    app[NEIGHBOURS] = cluster.neighbours
+    app[DISCOVERY] = cluster.discovery
+    app[POLICY] = Policy(cluster.registry, options.socket_prefix)
+    app[HEALTH] = cluster.health
+    app[READY] = cluster.not_ready
+    app[OWN_METRICS] = OwnMetrics(cluster.registry, cluster.health)
     app.cleanup_ctx.append(_targets)
-    app.cleanup_ctx.append(_checks)
     folders = options.route_folder or []
     routes.add_routes(
         app,
@@ -58,9 +74,3 @@ async def _targets(app: web.Application) -> AsyncIterator[None]:
     app[TARGETS] = Targets(app[REGISTRY].has)
     yield
     await app[TARGETS].close()
-
-
-async def _checks(app: web.Application) -> AsyncIterator[None]:
-    app[HEALTH].start()
-    yield
-    await app[HEALTH].close()

@@ -7,13 +7,15 @@ The command line (`--socket-prefix`), the environment (`LMCACHE_FRONTEND_SOCKET_
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from yarl import URL
 
 from lmcache_frontend import plugins
+from lmcache_frontend.nodes.sources.dns_names import read_names, read_server
+from lmcache_frontend.nodes.stores.spec import check_spec
 from lmcache_shared.address import tcp_address
 from lmcache_shared.config import convert
 from lmcache_shared.errors import AddressError, ConfigError
@@ -79,7 +81,7 @@ class Options:
         "The proxy also reaches Unix sockets whose path begins like this; empty: registered nodes alone.",
     )
     route_folder: list[str] | None = setting(None, "Folders whose *_api.py and *_page.py files are served too.")
-    log_level: str = setting("warning", "How much to log: critical, error, warning, info, debug, trace.")
+    log_level: str = setting("warning", "How much to log: critical, error, warning (or warn), info, debug, trace.")
     heartbeat_url: str | None = setting(None, "Report this frontend to the discovery service at this URL.")
     heartbeat_initial_delay: float = setting(
         0.0, "How many seconds to wait before the first heartbeat.", minimum=0, maximum=86400
@@ -89,6 +91,12 @@ class Options:
         None, "The host to report; without one this machine's address on the way to the service."
     )
     no_http: bool = setting(False, "Send heartbeats and serve nothing.")
+
+    places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where the options stand that a source has set, for refusals of what is read later."""
+
+    def place_of(self, name: str) -> str:
+        return self.places.get(name, flag_of(name))
 
 
 DEFINITIONS = definitions_of(Options)
@@ -177,18 +185,23 @@ def make_options(found: Mapping[str, Given]) -> Options:
         ConfigError: a value is not what its option takes; the text names its place.
     """
     options = Options(**{name: convert(*_checkable(name, given)) for name, given in found.items()})
-    options = replace(options, log_level=options.log_level.lower())
+    places = {name: given.place for name, given in found.items()}
+    options = replace(options, log_level=options.log_level.lower(), places=places)
 
     def refuse(name: str, problem: str) -> ConfigError:
-        place = found[name].place if name in found else flag_of(name)
+        place = options.place_of(name)
         return ConfigError(f"{place}{'' if place == flag_of(name) else ':'} {problem}")
 
     if options.log_level not in LOG_LEVELS:
         raise refuse("log_level", f"{options.log_level}: expected one of {', '.join(LOG_LEVELS)}")
     if options.socket_prefix is not None and not options.socket_prefix.startswith("/"):
         raise refuse("socket_prefix", f"{options.socket_prefix}: the path of a Unix socket starts with /")
-    if options.heartbeat_url is not None and (problem := _no_url(options.heartbeat_url)):
-        raise refuse("heartbeat_url", problem)
+    for name, problem in _discovery_problems(options):
+        raise refuse(name, problem)
+    try:
+        check_spec(options.registry)
+    except ConfigError as error:
+        raise refuse("registry", str(error)) from None
     if options.report_host is not None:
         try:
             tcp_address(options.report_host, options.port)
@@ -199,12 +212,27 @@ def make_options(found: Mapping[str, Given]) -> Options:
     return options
 
 
+def _discovery_problems(options: Options) -> Iterator[tuple[str, str]]:
+    """The options that say where to look for nodes, or to report to, and cannot; and why not."""
+    for name, url in (("heartbeat_url", options.heartbeat_url), ("node_supplier_url", options.node_supplier_url)):
+        if url is not None and (problem := url_problem(url)):
+            yield name, problem
+    try:
+        read_names(options.dns)
+    except ConfigError as error:
+        yield "dns", str(error)
+    try:
+        read_server(options.dns_server)
+    except ConfigError as error:
+        yield "dns_server", str(error)
+
+
 def _checkable(name: str, given: Given) -> tuple[object, Definition, str]:
     return given.value, DEFINITIONS[name], given.place
 
 
-def _no_url(text: str) -> str | None:
-    """Why heartbeats cannot go to this URL. It may hold a password, so it is not repeated."""
+def url_problem(text: str) -> str | None:
+    """Why nothing can be asked at this URL. It may hold a password, so it is not repeated."""
     try:
         url = URL(text)
     except ValueError:

@@ -45,6 +45,7 @@ async def frontend_server() -> AsyncIterator[StartFrontend]:
                 sock.bind(("127.0.0.1", 0))
                 options.setdefault("port", sock.getsockname()[1])
             options.setdefault("host", "127.0.0.1")
+            options.setdefault("registry", "memory")
             server = FrontendServer(Options(nodes=json.dumps(list(nodes)), **options))
             await stack.enter_async_context(server)
             url = f"http://{server.address}"

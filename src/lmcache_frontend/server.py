@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Iterable
-from pathlib import Path
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from types import TracebackType
 
-from lmcache_frontend.app import HEALTH, create_app
+from lmcache_frontend.app import create_app
+from lmcache_frontend.cluster import Cluster
 from lmcache_frontend.discovery.heartbeat import HEARTBEAT, Heartbeat
-from lmcache_frontend.nodes.node import Node, Proxy, read_list
-from lmcache_frontend.nodes.registry import Registry
+from lmcache_frontend.nodes.node import Node, Proxy
 from lmcache_frontend.options import Options
-from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_shared.address import TcpAddress, tcp_address
-from lmcache_shared.errors import ConfigError
 from lmcache_shared.listen import make_runner, make_site
 from lmcache_shared.program import say
 
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 1.0
 """How long requests in flight may take when the frontend stops."""
-
-MAX_NODE_FILE_BYTES = 8 << 20
 
 
 class FrontendServer:
@@ -44,11 +42,10 @@ class FrontendServer:
 
     def __init__(self, options: Options, nodes: Iterable[Node | Proxy] = ()) -> None:
         self.address: TcpAddress = tcp_address(options.host, options.port)
-        self.registry = _registry(options, nodes)
+        self.cluster = Cluster(options, nodes)
+        self.heartbeat = _heartbeat(options, self.cluster)
         self._options = options
-        app = create_app(options, self.registry)
-        self.health = app[HEALTH]
-        self.heartbeat = _heartbeat(options, self.registry, self.health)
+        app = create_app(options, self.cluster)
         app[HEARTBEAT] = self.heartbeat
         self._runner = make_runner(
             app,
@@ -65,9 +62,12 @@ class FrontendServer:
         """
         await self._runner.setup()
         try:
+            await self.cluster.load()
             await make_site(self._runner, self.address).start()
+            self.cluster.start()
         except BaseException:
             await self._runner.cleanup()
+            await self.cluster.stop()
             raise
         _start(self.heartbeat, self._options)
 
@@ -75,6 +75,7 @@ class FrontendServer:
         """Take no more connections, let requests in flight end within the drain time, close every client."""
         await self.heartbeat.stop()
         await self._runner.cleanup()
+        await self.cluster.stop()
 
     async def __aenter__(self) -> FrontendServer:
         await self.start()
@@ -94,29 +95,36 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
     """
     if not options.no_http:
         async with FrontendServer(options, nodes) as server:
-            count = sum(1 for _ in server.registry.nodes())
-            say(f"frontend serves on http://{server.address} ({count} nodes)")
-            await stop.wait()
+            registry = server.cluster.registry
+            with _hangup_reloads(server.cluster):
+                say(f"frontend serves on http://{server.address} ({sum(1 for _ in registry.nodes())} nodes)")
+                await stop.wait()
             say("stopping")
         return
-    registry = _registry(options, nodes)
-    health = HealthBoard(registry, interval=options.health_interval)
-    heartbeat = _heartbeat(options, registry, health)
-    health.start()
+    cluster = Cluster(replace(options, registry="memory"), nodes)  # nobody can add any by hand
+    heartbeat = _heartbeat(options, cluster)
+    cluster.start()
     _start(heartbeat, options)
-    say(f"frontend sends heartbeats and serves nothing ({sum(1 for _ in registry.nodes())} nodes)")
+    say(f"frontend sends heartbeats and serves nothing ({sum(1 for _ in cluster.registry.nodes())} nodes)")
     await stop.wait()
     say("stopping")
     await heartbeat.stop()
-    await health.close()
+    await cluster.stop()
 
 
-def _registry(options: Options, nodes: Iterable[Node | Proxy]) -> Registry:
-    return Registry([*nodes, *read_nodes(options)], host=options.host, port=options.port)
+@contextlib.contextmanager
+def _hangup_reloads(cluster: Cluster) -> Iterator[None]:
+    """SIGHUP: read every source again now."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, cluster.sources.reload)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGHUP)
 
 
-def _heartbeat(options: Options, registry: Registry, health: HealthBoard) -> Heartbeat:
-    return Heartbeat(registry, health, port=options.port, report_host=options.report_host)
+def _heartbeat(options: Options, cluster: Cluster) -> Heartbeat:
+    return Heartbeat(cluster.registry, cluster.health, port=options.port, report_host=options.report_host)
 
 
 def _start(heartbeat: Heartbeat, options: Options) -> None:
@@ -126,28 +134,3 @@ def _start(heartbeat: Heartbeat, options: Options) -> None:
             initial_delay=options.heartbeat_initial_delay,
             interval=options.heartbeat_interval,
         )
-
-
-def read_nodes(options: Options) -> list[Node | Proxy]:
-    """The nodes and proxies of `--config` and `--nodes`.
-
-    Raises:
-        ConfigError: the file cannot be read, or one of them is no list of nodes.
-    """
-    entries: list[Node | Proxy] = []
-    if options.config is not None:
-        entries += read_list(_read_file(Path(options.config)), options.config)
-    if options.nodes is not None:
-        entries += read_list(options.nodes.encode("utf-8", "surrogateescape"), "--nodes")
-    return entries
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_NODE_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the nodes: {error.strerror}") from None
-    if len(data) > MAX_NODE_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_NODE_FILE_BYTES} bytes; this is no list of nodes")
-    return data

@@ -134,7 +134,7 @@ def tcp_address(host: str, port: int | str) -> TcpAddress:
     Raises:
         AddressError: the host is no host name or IP address, or the port is no number from 1 to 65535.
     """
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    bare = without_brackets(host)
     if not _is_host(bare):
         raise AddressError(f"{host[:300]!r}: expected a host name or an IP address")
     text = str(port)
@@ -154,7 +154,10 @@ def unix_address(path: str) -> UnixAddress:
         raise AddressError(f"{path[:300]!r}: the path of a Unix socket starts with /")
     if "\0" in path:
         raise AddressError(f"{path[:300]!r}: the path of a Unix socket has no NUL character")
-    size = len(os.fsencode(path))
+    try:
+        size = len(os.fsencode(path))
+    except UnicodeEncodeError:
+        raise AddressError(f"{path[:300]!r}: half a character is in no path") from None
     if size > MAX_SOCKET_PATH_BYTES:
         raise AddressError(
             f"{path[:300]!r}: {size} bytes, but the path of a Unix socket has at most {MAX_SOCKET_PATH_BYTES};"
@@ -171,15 +174,23 @@ def quote_socket(path: str, *, times: int) -> str:
 
 
 def is_loopback_host(host: str) -> bool:
-    """Whether `host` is `localhost` or an address of the loopback network, an IPv4 one inside IPv6 included."""
-    if host.lower() == "localhost":
+    """Whether `host` is `localhost` or an address of the loopback network, an IPv4 one inside IPv6 included.
+
+    In each of its spellings: `localhost.` ends at the root of all names, `[::1]` stands in a URL, `::1%lo` has a scope.
+    """
+    if host.lower() in ("localhost", "localhost."):
         return True
     try:
-        number = ipaddress.ip_address(host.partition("%")[0])
+        number = ipaddress.ip_address(without_brackets(host).partition("%")[0])
     except ValueError:
         return False
     mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None
     return (mapped or number).is_loopback
+
+
+def without_brackets(host: str) -> str:
+    """An IPv6 address as it stands outside a URL; any other host as it is."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def _is_host(text: str) -> bool:

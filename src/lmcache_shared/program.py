@@ -14,6 +14,7 @@ from typing import Any
 
 import uvloop
 
+from lmcache_shared import output
 from lmcache_shared.errors import START_FAILED, StartError
 
 TRACE = 5
@@ -33,9 +34,12 @@ LOG_LEVELS: dict[str, int] = {
 
 
 def configure_logging(level: str) -> None:
-    """Log to standard error from `level` (a key of `LOG_LEVELS`) on."""
+    """Log to standard error from `level` (a key of `LOG_LEVELS`) on; whoever logs never waits for its reader."""
     logging.addLevelName(TRACE, "TRACE")
-    logging.basicConfig(level=LOG_LEVELS[level], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if not logging.getLogger().handlers:
+        handlers = [output.of_this_process()]
+        form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+        logging.basicConfig(level=LOG_LEVELS[level], format=form, handlers=handlers)
 
 
 def run(program: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> int:
@@ -51,15 +55,28 @@ def run(program: str, serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]
     try:
         uvloop.run(_until_served(serve))
     except StartError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return START_FAILED
+        return refuse(program, error)
     return 0
+
+
+def refuse(program: str, error: StartError) -> int:
+    """Say in one line why the program does not start; its exit code."""
+    _tell(f"{program}: {' '.join(str(error).splitlines())}", is_error=True)
+    return START_FAILED
 
 
 def say(text: str) -> None:
     """Tell the operator on standard output; that nobody reads it, or that it cannot be written, stops no server."""
+    _tell(text, is_error=False)
+
+
+def _tell(text: str, *, is_error: bool) -> None:
+    written = output.installed()
+    if written is not None:
+        written.say(text, is_error=is_error)
+        return
     with contextlib.suppress(OSError, ValueError):
-        print(text, flush=True)
+        print(output.printable(text), file=sys.stderr if is_error else sys.stdout, flush=True)
 
 
 async def _until_served(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:

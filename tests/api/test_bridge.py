@@ -8,15 +8,21 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import time
 import types
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY, Gauge
 
 from lmcache_api.bridge import turns
+from lmcache_api.bridge.controller import ControllerMetrics, ManagerController
 from lmcache_api.bridge.manager import ManagerComponent
+from lmcache_api.bridge.standalone_controller import kept_up, urls_of
+from lmcache_api.component import ControllerError, Operation
 from lmcache_api.pytest_plugin import RunningApi, StartApi
+from lmcache_shared.errors import ConfigError, Refusal
 from lmcache_shared.settings import Settings
 
 QUESTIONS = [
@@ -224,3 +230,88 @@ async def test_what_protects_the_host_is_not_undone_over_http(
         )
     async with server.client.post("/conf", json={"extra_config": {"a": "***"}}) as response:
         assert (response.status, list((await response.json())["errors"])) == (400, ["extra_config"])
+
+
+# LMCache's controller
+
+
+@pytest.mark.parametrize(
+    ("ports", "message"),
+    [
+        (None, 'expected {"pull": PORT, "reply": PORT}'),
+        ([1], 'expected {"pull": PORT, "reply": PORT}'),
+        ({"pull": 1}, 'expected {"pull": PORT, "reply": PORT}'),
+        ({"pull": 0, "reply": 1}, "pull: '0': expected a port from 1 to 65535"),
+        ({"pull": 1, "reply": -1}, "reply: '-1': expected a port from 1 to 65535"),
+        ({"pull": 1, "reply": 65536}, "reply: '65536': expected a port from 1 to 65535"),
+        ({"pull": True, "reply": 2}, "pull: 'True': expected a port from 1 to 65535"),
+        ({"pull": None, "reply": 2}, "pull: 'None': expected a port from 1 to 65535"),
+        ({"pull": 1, "reply": 2, "heartbeat": 0}, "heartbeat: '0': expected a port from 1 to 65535"),
+        ({"pull": 1, "reply": 1}, "each needs a port of its own"),
+    ],
+)
+def test_monitor_ports_that_cannot_be(ports: object, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        urls_of("127.0.0.1", ports)
+    assert str(refused.value).startswith("controller_monitor_ports: ")
+    assert message in str(refused.value)
+
+
+def test_monitor_ports() -> None:
+    assert urls_of("h", {"pull": 1, "reply": 2}) == {"pull": "h:1", "reply": "h:2", "heartbeat": None}
+    assert urls_of("::1", {"pull": 1, "reply": 2, "heartbeat": 3})["heartbeat"] == "[::1]:3"
+
+
+async def test_metrics_are_rendered_where_the_sockets_live() -> None:
+    """LMCache's gauges look at the sockets of the manager's loop."""
+    threads: list[threading.Thread] = []
+    gauge = Gauge("where_it_is_rendered", "x")
+    gauge.set_function(lambda: float(threads.append(threading.current_thread()) or 0))
+    try:
+        metrics = ControllerMetrics(asyncio.get_running_loop(), 5)
+        assert b"where_it_is_rendered 0.0" in await asyncio.to_thread(metrics.exposition)
+    finally:
+        REGISTRY.unregister(gauge)
+    assert threads == [threading.current_thread()]
+
+
+async def test_metrics_of_a_loop_that_hangs() -> None:
+    never = asyncio.new_event_loop()
+    metrics = ControllerMetrics(never, 0.05)
+    for ask in (metrics.exposition, metrics.reset):
+        with pytest.raises(Refusal, match="its event loop hangs") as refused:
+            await asyncio.to_thread(ask)
+        assert refused.value.status == 504
+    never.call_soon(never.stop)
+    await asyncio.to_thread(never.run_forever)  # what was asked is given up
+    never.close()
+
+
+async def test_a_handler_that_ends_begins_again(caplog: pytest.LogCaptureFixture) -> None:
+    begun = 0
+
+    async def handle() -> None:
+        nonlocal begun
+        begun += 1
+        if begun == 1:
+            raise ValueError("no message")
+        if begun > 2:
+            await asyncio.Event().wait()
+
+    keeping = asyncio.create_task(kept_up("pull", handle))
+    deadline = time.monotonic() + 5
+    while begun < 3:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    keeping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await keeping
+    told = "LMCache's controller: what came at its pull port cannot be used, and it goes on: "
+    assert [record.message for record in caplog.records] == [f"{told}ValueError: no message", f"{told}it ended"]
+
+
+async def test_lmcaches_controller_follows_no_events() -> None:
+    made = ManagerController(None, asyncio.get_running_loop(), Settings())
+    with pytest.raises(ControllerError, match="follows no events") as refused:
+        await made.operate(Operation("check_finish", {"event_id": "x"}))
+    assert refused.value.status == 501

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import math
+import os
+import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -22,7 +25,7 @@ from lmcache_api.component import ControllerError, Operation, WorkerReport
 from lmcache_api.embedded import EmbeddedControllerComponent, controller, fan_out
 from lmcache_api.embedded.controller import EmbeddedController
 from lmcache_api.pytest_plugin import RunningApi, StartApi, client_for, free_port
-from lmcache_shared.address import TcpAddress
+from lmcache_shared.address import TcpAddress, UnixAddress
 from lmcache_shared.listen import make_runner, make_site
 from lmcache_shared.placement import MAX_WORKERS
 from lmcache_shared.settings import Settings
@@ -105,10 +108,16 @@ def silent() -> Iterator[int]:
 
 async def test_it_serves_the_common_and_its_own_endpoints_and_no_engines(here: RunningApi) -> None:
     assert await ask(here, "GET", "/version") == (200, here.component.version.whole)
-    for path in ("/freeze/status", "/conf", "/cache/lookup", "/backends"):
+    for path in ("/freeze/status", "/cache/lookup", "/backends"):
         assert await ask(here, "GET", path) == (404, {"detail": "Not Found"})
     async with here.client.get("/meta") as response:
         assert json.loads(await response.text()) == {"role": "controller"}
+    async with here.client.get("/conf") as response:
+        told = json.loads(await response.text())
+    assert (told["controller_answer_seconds"], told["controller_port"]) == (ANSWER_SECONDS, 9000)
+    assert "chunk_size" not in told
+    status, answer = await ask(here, "POST", "/conf", json={"controller_port": 9001, "chunk_size": 16})
+    assert (status, answer["updated"], list(answer["errors"])) == (400, {}, ["controller_port", "chunk_size"])
     async with here.client.get("/metrics") as response:
         text = await response.text()
     assert "lmcache:cache_controller_registered_workers_count" in text
@@ -181,7 +190,13 @@ async def test_what_is_told_of_workers(here: RunningApi) -> None:
     status, answer = await ask(here, "POST", "/query_instance", json={"event_id": "x", "ip": "127.0.0.1"})
     assert (status, answer["res"]) == (200, "one")
     status, answer = await ask(here, "POST", "/query_instance", json={"event_id": "x", "ip": "192.0.2.7"})
-    assert (status, answer) == (404, {"detail": "no instance is registered at 192.0.2.7"})
+    assert (status, answer) == (
+        404,
+        {
+            "detail": "no instance is registered at 192.0.2.7; "
+            "GET /controller/workers lists the workers and their addresses"
+        },
+    )
 
 
 # Who has none
@@ -274,7 +289,7 @@ async def test_what_is_not_possible_says_so(here: RunningApi, operation: str) ->
         "instance_id": "one", "location": CPU, "method": "none", "tokens": [1],
         "old_position": ["one", CPU], "new_position": ["two", CPU],
     }  # fmt: skip
-    detail = f"{operation} is not possible on embedded workers"
+    detail = f"{operation} is not possible on embedded workers: their engine has no such operation"
     assert await ask(here, "POST", f"/{operation}", json=body) == (501, {"detail": detail})
 
 
@@ -303,6 +318,15 @@ async def test_instances_and_events_that_nobody_knows(here: RunningApi) -> None:
         {"worker_id": -1},
         {"worker_id": MAX_WORKERS},
         {"key_count": -1},
+        {"key_count": 1 << 41},
+        {"instance_id": "all"},
+        {"instance_id": "a\nb"},
+        {"instance_id": "\x1b[2J"},
+        {"instance_id": "\ud800"},
+        {"port": "\ud800"},
+        {"port": "/\ud800"},
+        {"port": "/tmp/\udc80_7000"},
+        {"host": "\ud800"},
         {"port": "0"},
         {"port": "65536"},
         {"port": ""},
@@ -330,7 +354,7 @@ async def test_reports_of_the_wrong_type(by_port: RunningApi, more: dict[str, An
     assert await workers_of(by_port) == []
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "10.0.0.1", "::2", "fe80::1%eth0", "example.org", "[::1]", "0.0.0.0"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "10.0.0.1", "::2", "fe80::1%eth0", "example.org", "[::2]", "0.0.0.0"])
 async def test_nobody_reports_for_somebody_else(by_port: RunningApi, here: RunningApi, host: str) -> None:
     for server, caller in ((by_port, "127.0.0.1"), (here, "None")):
         status, answer = await report(server, "8000", host=host)
@@ -367,6 +391,10 @@ REPORTED = WorkerReport("one", 0, "8000", 0)
         (None, "fe80::1%ours", "fe80::1%ours"),
         ("127.0.0.2", "127.0.0.1", "127.0.0.2"),
         ("::1", "127.0.0.1", "::1"),
+        ("[::1]", "127.0.0.1", "::1"),
+        ("::1%lo", "127.0.0.1", "::1"),
+        ("localhost.", "127.0.0.1", "localhost."),
+        ("[2001:db8::7]", "2001:db8::7", "2001:db8::7"),
         ("localhost", "::1", "localhost"),
         ("localhost", None, "localhost"),
         (None, None, "127.0.0.1"),
@@ -438,7 +466,7 @@ async def test_so_many_workers_and_no_more() -> None:
         for number in range(5000):
             instance, worker = divmod(number, MAX_WORKERS)
             try:
-                await made.report(WorkerReport(f"i{instance}", worker, "8000", 1), "10.0.0.1")
+                await made.report(WorkerReport(f"i{instance}", worker, "8000", 1), f"10.0.{instance}.1")
             except ControllerError as error:
                 assert error.status == 503
                 refused.append(number)
@@ -457,6 +485,24 @@ async def test_so_many_workers_and_no_more() -> None:
     assert (await made.key_stats())["total_worker_count"] == 1
 
 
+@pytest.mark.parametrize("hosts", [["10.0.0.1"], ["localhost", "::1", "127.0.0.9", "[::1]"]])
+async def test_no_host_takes_the_room_of_the_others(hosts: list[str]) -> None:
+    made = reporter(controller_worker_seconds=3600.0)
+    caller = hosts[0] if len(hosts) == 1 else "127.0.0.1"
+
+    async def report_as(number: int, host: str, by: str) -> None:
+        instance, worker = divmod(number, MAX_WORKERS)
+        await made.report(WorkerReport(f"i{instance}", worker, "8000", 1, host), by)
+
+    for number in range(MAX_WORKERS):
+        await report_as(number, hosts[number % len(hosts)], caller)
+    with pytest.raises(ControllerError, match="1024 workers of .* are registered; no further one is taken") as refused:
+        await report_as(MAX_WORKERS, hosts[0], caller)
+    assert refused.value.status == 503
+    await report_as(MAX_WORKERS, "10.0.0.2", "10.0.0.2")
+    await report_as(5, hosts[0], caller)  # one that is known may go on
+
+
 async def test_one_that_is_silent_is_forgotten_and_comes_back_as_new(api_server: StartApi) -> None:
     server = await api_server("controller", controller_worker_seconds=0.3)
     assert (await report(server, "8000"))[1]["timeout_seconds"] == 0.3
@@ -471,6 +517,67 @@ async def test_one_that_is_silent_is_forgotten_and_comes_back_as_new(api_server:
     await report(server, "8000")
     after = (await ask(server, "GET", "/controller/workers?instance_id=one&worker_id=0"))[1]["registration_time"]
     assert after - before > 0.3
+
+
+async def test_two_deployments_of_one_name_do_not_take_each_others_place() -> None:
+    made = reporter(controller_worker_seconds=0.3)
+    await made.report(WorkerReport("lmcache", 0, "7000", 5), "10.0.0.1")
+    for port, caller in (("7000", "10.0.0.2"), ("7100", "10.0.0.1")):
+        with pytest.raises(ControllerError) as refused:
+            await made.report(WorkerReport("lmcache", 0, port, 9), caller)
+        assert refused.value.status == 409
+        assert str(refused.value).startswith(
+            f"worker 0 of lmcache is at 10.0.0.1:7000, and this one is at {caller}:{port}: each deployment needs"
+        )
+    with pytest.raises(ControllerError):  # nor does it leave for the other
+        await made.leave("lmcache", 0, "10.0.0.2")
+    assert (await made.key_stats())["total_key_count"] == 5
+    await made.report(WorkerReport("lmcache", 0, "7000", 6), "::ffff:10.0.0.1")  # another spelling of its address
+    await asyncio.sleep(0.35)
+    await made.report(WorkerReport("lmcache", 0, "7000", 9), "10.0.0.2")  # it has moved
+    assert (await made.workers("lmcache", 0))["address"] == "10.0.0.2:7000"
+    await made.close()
+
+
+async def test_arrivals_and_losses_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lmcache_api")
+    made = reporter(controller_worker_seconds=0.3)
+
+    def told() -> list[tuple[str, str]]:
+        found = [(record.levelname, record.message) for record in caplog.records]
+        caplog.clear()
+        return found
+
+    for worker in range(8):
+        await made.report(WorkerReport("one", worker, "7000", 5), f"10.0.0.{worker}")
+        await made.report(WorkerReport("one", worker, "7000", 5), f"10.0.0.{worker}")
+    await made.leave("one", 7, "10.0.0.7")
+    names = [f"one worker {worker} at 10.0.0.{worker}:7000" for worker in range(8)]
+    assert told() == [*(("INFO", f"{name} is here") for name in names), ("INFO", f"{names[7]} has left")]
+    deadline = time.monotonic() + 5
+    while not caplog.records:  # nobody asks, and it is told
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+    assert told() == [("WARNING", f"no report for 0.3 seconds, forgotten: {', '.join(names[:5])} and 2 more")]
+    await made.report(WorkerReport("one", 0, "7000", 5), "10.0.0.9")
+    await made.close()
+    await asyncio.sleep(0.5)
+    assert told() == [("INFO", "one worker 0 at 10.0.0.9:7000 is here")]  # and no look after the end
+
+
+async def test_workers_of_one_number_and_of_one_machine(here: RunningApi) -> None:
+    for instance, worker in (("one", 0), ("one", 1), ("two", 1)):
+        await report(here, "8000", instance_id=instance, worker_id=worker)
+    status, answer = await ask(here, "GET", "/controller/workers?worker_id=1")
+    assert [(told["instance_id"], told["worker_id"]) for told in answer["workers"]] == [("one", 1), ("two", 1)]
+    assert (status, answer["total_count"]) == (200, 2)
+    for ip in ("localhost", "127.0.0.1", "::1", "127.0.0.9"):
+        status, answer = await ask(here, "POST", "/query_instance", json={"event_id": "", "ip": ip})
+        assert (status, answer.get("res")) == (200, "one")
+    socket_path = f"{here.component.settings.internal_api_server_socket_path_prefix}_7000"
+    assert (await report(here, socket_path, instance_id="three"))[0] == 200
+    status, told = await ask(here, "GET", "/controller/workers?instance_id=three&worker_id=0")
+    assert (told["ip"], told["port"], told["address"]) == ("localhost", 0, socket_path)
 
 
 # What workers answer
@@ -511,6 +618,7 @@ USELESS: dict[str, tuple[bytes | dict[str, Any] | list[Any], str]] = {
     "float": ({**FOUND, "num_hit_tokens": 1.5}, "no answer that can be used: Expected `int`, got `float`"),
     "text count": ({**FOUND, "num_hit_tokens": "5"}, "no answer that can be used: Expected `int`, got `str`"),
     "infinite": (b'{"num_hit_tokens": 1e999, "spans": []}', "no answer that can be used: "),
+    "more than a cache holds": ({**FOUND, "num_hit_tokens": 1 << 50}, "no answer that can be used: Expected `int` <= "),
     "huge count": ({**FOUND, "num_hit_tokens": 1 << 64}, "no answer that can be used: Expected `int` <= "),
     "spans are numbers": ({**FOUND, "spans": [1]}, "no answer that can be used: Expected `object`, got `int`"),
     "spans are an object": ({**FOUND, "spans": {"0": 1}}, "no answer that can be used: Expected `array`"),
@@ -558,7 +666,8 @@ async def test_an_answer_that_is_a_refusal(here: RunningApi, serve: Serve, handl
     assert told == {0: {"status": "error", "error": why}}
 
 
-async def test_good_answers_of_other_shapes(here: RunningApi, serve: Serve) -> None:
+async def test_good_answers_of_other_shapes(api_server: StartApi, serve: Serve) -> None:
+    here = await api_server("controller", controller_answer_seconds=20)  # a megabyte takes its time on a busy machine
     many = {**FOUND, "spans": [{"start": 0, "end": 512, "chunks": 2, "locations": [CPU], "x": [1]}] * 9000}
     kinds: list[tuple[object, dict[str, Any]]] = [
         ({**FOUND, "spans": [], "num_hit_tokens": 0}, {**HIT, "num_hit_tokens": 0, "location": ""}),
@@ -591,6 +700,45 @@ async def test_a_worker_that_claims_more_than_was_asked(here: RunningApi, serve:
     await report(here, str(await serve(answers({**FOUND, "num_hit_tokens": 10**12}))))
     answer, _ = await lookup(here)
     assert answer["layout_info"] == {"one": [CPU, 600]}
+
+
+async def test_a_worker_that_never_reads_is_cut_off_at_the_deadline(silent: int, tmp_path: Path) -> None:
+    """What was written to it waits to be read, also when the connection is closed."""
+    asks = fan_out.FanOut()
+    question = fan_out.Question("POST", "/cache/lookup", fan_out.Found, body=bytes(16 << 20))
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(f"{tmp_path}/s")
+        sock.listen()
+        await asks.ask(TcpAddress("127.0.0.1", silent), question, 0.1)  # what is made once is made
+        before = len(os.listdir("/proc/self/fd"))
+        for address in (TcpAddress("127.0.0.1", silent), UnixAddress(f"{tmp_path}/s")):
+            for _ in range(3):
+                told = await asyncio.gather(*(asks.ask(address, question, 0.2) for _ in range(8)))
+                assert told == [{"status": "error", "error": "no answer within 0.2 seconds"}] * 8
+        await asyncio.sleep(0.1)
+        assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+async def test_without_file_descriptors_it_is_503_and_says_so(here: RunningApi, serve: Serve) -> None:
+    for number in range(3):
+        await report(here, str(await serve(answers(FOUND))), worker_id=number)
+    assert (await lookup(here))[0]["layout_info"]  # and the connection to the controller is open
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    body = json.dumps({"tokens": list(range(600))})
+    kept: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 1024), limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                kept.append(os.open("/dev/null", os.O_RDONLY))
+        status, answer = await ask(here, "POST", "/lookup", data=body)
+    finally:
+        for number in kept:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert status == 503
+    assert answer["detail"].startswith("3 of 3 workers were not asked: the controller has no file descriptor left")
+    assert (await lookup(here))[0]["layout_info"] == {"one": [CPU, 512]}, "and on it goes"
 
 
 async def test_what_never_ends_delays_nobody(api_server: StartApi, serve: Serve, silent: int) -> None:

@@ -54,6 +54,47 @@ async def test_a_managers_worker_is_served_from_a_thread(tmp_path: Path) -> None
     assert "api-server-thread" not in [thread.name for thread in threading.enumerate()]
 
 
+async def test_one_that_could_not_serve_starts_when_it_can(tmp_path: Path) -> None:
+    made = manager(0, internal_api_server_socket_path_prefix=f"{tmp_path}/s")
+    first, second = InternalAPIServer(made), InternalAPIServer(made)
+    first.start()
+    second.start()
+    assert isinstance(second.failure, AddressInUse)
+    first.stop()
+    second.start()
+    assert second.failure is None
+    assert (await ask(second, "/version"))[0] == 200
+    second.stop()
+    assert not (tmp_path / "s_7000").exists()
+
+
+async def test_one_that_is_stopped_before_it_listens_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    start = ComponentServer.start
+
+    async def slow(self: ComponentServer) -> None:
+        await asyncio.to_thread(gate.wait, 10)
+        await start(self)
+
+    monkeypatch.setattr(ComponentServer, "start", slow)
+    monkeypatch.setattr("lmcache_api.server.START_SECONDS", 0.1)
+    monkeypatch.setattr("lmcache_api.server.STOP_SECONDS_BEYOND_DRAIN", 0.1)
+    given_up = InternalAPIServer(
+        manager(
+            0,
+            internal_api_server_socket_path_prefix=f"{tmp_path}/s",
+            extra_config={"internal_api_server_drain_seconds": 0},
+        )
+    )
+    given_up.start()  # gives up waiting
+    thread = next(thread for thread in threading.enumerate() if thread.name == "api-server-thread")
+    given_up.stop()
+    gate.set()
+    await asyncio.to_thread(thread.join, 5)
+    assert not thread.is_alive()
+    assert not (tmp_path / "s_7000").exists()
+
+
 async def test_without_an_engine_the_manager_is_a_scheduler_and_lacks_what_it_lacks() -> None:
     port = free_port()
     server = InternalAPIServer(manager(internal_api_server_port_start=port))
@@ -173,7 +214,7 @@ async def test_a_new_endpoint_in_a_folder_or_with_chosen_categories(tmp_path: Pa
     app = create_app(EmbeddedComponent(settings, 1), categories=["common"])
     paths = {resource.canonical for resource in app.router.resources()}
     assert {"/made_here", "/metrics", "/version"} <= paths
-    assert not {"/conf", "/cache/clear", "/controller/workers", "/lookup"} & paths
+    assert not {"/backends", "/cache/clear", "/controller/workers", "/lookup"} & paths
 
 
 def test_a_hosts_thread_asks_with_a_plain_client() -> None:

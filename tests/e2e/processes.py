@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without settings of LMCache."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")} | more
+    """This process's environment without settings of LMCache; nothing is kept in the user's folders."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LMCACHE_")}
+    return {**inherited, "LMCACHE_FRONTEND_REGISTRY": "memory", **more}
 
 
 @contextlib.contextmanager

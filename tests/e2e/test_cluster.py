@@ -176,7 +176,7 @@ def test_a_child_that_ends_ends_the_cluster(folder: Path, arguments: list[str]) 
         assert len(others) == 2
         assert wait_until_gone(others, 0.5) == []
         assert cluster.stderr is not None
-        assert " ended with code -9" in cluster.stderr.read()
+        assert " ended with code -9 (killed by SIGKILL)" in cluster.stderr.read()
 
 
 def refused(arguments: list[str], user: int | None = None) -> str:

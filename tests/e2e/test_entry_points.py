@@ -8,7 +8,7 @@ import pytest
 from lmcache_api import create_app
 from lmcache_api.embedded import EmbeddedComponent
 from lmcache_frontend.app import create_app as create_frontend
-from lmcache_frontend.nodes.registry import Registry
+from lmcache_frontend.cluster import Cluster
 from lmcache_frontend.options import Options
 from lmcache_shared.settings import Settings
 
@@ -29,5 +29,5 @@ def test_an_installed_package_is_served(program: str, tmp_path: Path, monkeypatc
     if program == "lmcache_api":
         app = create_app(EmbeddedComponent(Settings()))
     else:
-        app = create_frontend(Options(), Registry([], host="h", port=1))
+        app = create_frontend(Options(), Cluster(Options(registry="memory")))
     assert "/from_elsewhere" in {resource.canonical for resource in app.router.resources()}

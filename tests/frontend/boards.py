@@ -5,5 +5,5 @@ from lmcache_frontend.telemetry.health import NodeHealth
 
 
 async def settled(frontend: RunningFrontend) -> list[NodeHealth]:
-    assert await frontend.server.health.settled(10)
-    return frontend.server.health.all()
+    assert await frontend.server.cluster.health.settled(10)
+    return frontend.server.cluster.health.all()

@@ -83,7 +83,7 @@ async def test_what_is_down_comes_first_then_unknown_slow_and_up(
         "n-unknown": Checked("could not be asked: Too many open files", asked=False),
         "n-down": Checked("answers 503"),
     }
-    board = frontend.server.health
+    board = frontend.server.cluster.health
     long_ago = datetime(2020, 2, 3, 12, 0, tzinfo=timezone.utc)
     for watched in board._watched.values():
         watched.health = after(
@@ -120,7 +120,7 @@ async def test_a_page_of_thousands_of_nodes_lets_others_have_their_turn(
     task.cancel()
     assert "3000 unknown" in text
     assert turns > 10
-    frontend.server.health.revision += 1
+    frontend.server.cluster.health.revision += 1
     assert await page(frontend) == text, "made too short a time ago to be made again"
 
 
@@ -153,7 +153,7 @@ async def test_ready_is_told_apart_from_healthy(frontend_server: StartFrontend) 
     def loading() -> str | None:
         return "the nodes are not loaded yet"
 
-    app = create_app(Options(), frontend.server.registry)
+    app = create_app(Options(), frontend.server.cluster)
     app[READY] = loading
     async with TestClient(TestServer(app)) as client:
         async with client.get("/ready") as response:

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from lmcache_api.pytest_plugin import StartApi, free_port
-from lmcache_frontend.nodes.node import Node, Proxy
+from lmcache_frontend.nodes.node import Node, Proxy, Reach
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.telemetry import changes, client, health, names, states
 from lmcache_frontend.telemetry.client import NoAnswer, ask, request_bytes
@@ -35,11 +35,17 @@ class Changing(Registry):
     """A registry whose nodes change, as one that discovers them."""
 
     def __init__(self, nodes: Iterable[Node]) -> None:
-        super().__init__([], host="h", port=1)
+        super().__init__(host="h", port=1)
         self.set(nodes)
 
     def set(self, nodes: Iterable[Node]) -> None:
-        self._proxies = {"p": Proxy("p", "h", 1, TcpAddress("h", 1), tuple(nodes))}
+        self._found = Proxy("p", "h", 1, TcpAddress("h", 1), tuple(nodes))
+
+    def proxies(self) -> Iterator[Proxy]:
+        return iter([self._found])
+
+    def node(self, proxy: str, name: str) -> Node | None:
+        return next((node for node in self._found.nodes if proxy == "p" and node.name == name), None)
 
 
 def node(port: int | str, name: str = "n", host: str = "127.0.0.1") -> Node:
@@ -410,7 +416,13 @@ async def test_nodes_of_every_kind(api_server: StartApi, monkeypatch: pytest.Mon
 
 async def test_a_403_of_another_frontend_is_no_answer_of_the_node() -> None:
     async with serving(Upstream(b"HTTP/1.1 403 X\r\nContent-Length: 0\r\n\r\n")) as upstream:
-        behind = Node("behind", "x", "/s", UnixAddress("/s"), TcpAddress("127.0.0.1", upstream.port))
+        behind = Node(
+            "behind",
+            "x",
+            "/s",
+            UnixAddress("/s"),
+            via=Reach(TcpAddress("127.0.0.1", upstream.port), "/proxy/localhost/%252Fs"),
+        )
         async with board_of(behind, node(upstream.port, "itself")) as board:
             assert await board.settled(5)
             assert [entry.state for entry in board.all()] == ["down", "up"]

@@ -20,7 +20,6 @@ from lmcache_frontend.discovery import heartbeat as module
 from lmcache_frontend.discovery import version as version_module
 from lmcache_frontend.discovery.heartbeat import HEARTBEAT, Heartbeat, address_towards, pause
 from lmcache_frontend.discovery.version import first_version
-from lmcache_frontend.nodes.node import read_list
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options, read_options
 from lmcache_frontend.pytest_plugin import StartFrontend
@@ -28,13 +27,14 @@ from lmcache_frontend.server import serve
 from lmcache_frontend.telemetry.health import HealthBoard
 from lmcache_shared.errors import ConfigError
 from tests.frontend.discovery import discovery_service, success
+from tests.frontend.registries import entries, registry_of
 from tests.frontend.upstream import Upstream, serving
 
 LOGGER = "lmcache_frontend.discovery.heartbeat"
 
 
 def registry(*nodes: object) -> Registry:
-    return Registry(read_list(json.dumps(nodes).encode(), "nodes"), host="0.0.0.0", port=8000)
+    return registry_of(entries(*nodes), host="0.0.0.0", port=8000)
 
 
 @contextlib.asynccontextmanager
@@ -189,6 +189,29 @@ async def test_a_service_that_cannot_be_used_stops_nothing(kind: str, frontend_s
         assert len(upstream.heads) == (1 if kind in ("no HTTP", "a redirect") else 0), "no redirect is followed"
         await frontend.server.stop()
         assert not heartbeat.status()["running"]
+
+
+@pytest.mark.parametrize("answer", ["GET {path} HTTP/1.1\r\n\r\n", "HTTP/1.1 200 OK\r\n{path}\r\n\r\n", ""])
+@pytest.mark.parametrize("user", ["user:hidden%E2%9C%93@", ""])
+async def test_no_failure_tells_what_the_url_holds(answer: str, user: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A service that sends back what it was asked, and aiohttp, which quotes that, or the URL."""
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer.format(path=head.split()[1].decode()).encode())
+        writer.close()
+
+    caplog.set_level(logging.DEBUG, LOGGER)
+    async with serving(Upstream(talk=echo)) as upstream:
+        heartbeat = beating()
+        heartbeat.start(f"http://{user}127.0.0.1:{upstream.port}/x?token=hidden", interval=0.05)
+        while not heartbeat.status()["problem"]:
+            await asyncio.sleep(0.01)
+        status = heartbeat.status()
+        await stopped(heartbeat)
+    assert "hidden" not in f"{caplog.text} {status}"
+    assert "\u2713" not in f"{caplog.text} {status}"
+    assert f"http://127.0.0.1:{upstream.port}/x failed (1 in a row): " in caplog.text
 
 
 async def test_slow_and_huge_answers(monkeypatch: pytest.MonkeyPatch) -> None:

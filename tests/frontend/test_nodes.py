@@ -1,38 +1,31 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_api.pytest_plugin import StartApi
+from lmcache_frontend.cluster import Cluster
 from lmcache_frontend.nodes import node
 from lmcache_frontend.nodes.node import Node, Reach, read_list
-from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options
 from lmcache_frontend.pytest_plugin import StartFrontend
-from lmcache_frontend.server import read_nodes
 from lmcache_shared.address import TcpAddress, UnixAddress
 from lmcache_shared.errors import ConfigError
 from tests.contract.exchanges import read
 from tests.frontend.boards import settled
+from tests.frontend.registries import entries, registry_of
 
 N1 = {"name": "n1", "host": "127.0.0.1", "port": "/run/example/worker0.sock"}
 
 
-def entries(*items: object) -> list[Any]:
-    return read_list(json.dumps(items).encode(), "--nodes")
-
-
-async def test_health_and_nodes_as_recorded(frontend_server: StartFrontend) -> None:
+async def test_health_as_recorded(frontend_server: StartFrontend) -> None:
     frontend = await frontend_server(nodes=[N1])
     recorded = {str(exchange): exchange.body for exchange in read("frontend.jsonl")}
-    recorded["GET /api/nodes"]["nodes"][0]["port"] = frontend.server.address.port
-    for path in ("/health", "/api/nodes"):
-        async with frontend.client.get(path) as response:
-            assert (response.status, response.content_type) == (200, "application/json")
-            assert await response.json() == recorded[f"GET {path}"]
+    async with frontend.client.get("/health") as response:
+        assert (response.status, response.content_type) == (200, "application/json")
+        assert await response.json() == recorded["GET /health"]
 
 
 async def test_refusals_of_the_proxy_as_recorded(frontend_server: StartFrontend) -> None:
@@ -50,7 +43,7 @@ async def test_refusals_of_the_proxy_as_recorded(frontend_server: StartFrontend)
 
 def test_plain_nodes_are_children_of_local_proxy_and_proxies_stand_beside_it() -> None:
     proxy = {"name": "p2", "host": "h2", "port": "8001", "nodes": [{"name": "w9", "host": "h2", "port": 8002}]}
-    registry = Registry(entries(N1, proxy), host="0.0.0.0", port=8000)
+    registry = registry_of(entries(N1, proxy))
     assert [(found.name, [child.name for child in found.nodes]) for found in registry.proxies()] == [
         ("local_proxy", ["n1"]),
         ("p2", ["w9"]),
@@ -59,18 +52,27 @@ def test_plain_nodes_are_children_of_local_proxy_and_proxies_stand_beside_it() -
     assert registry.find("w9") == Reach(TcpAddress("h2", 8002))
     assert registry.find("p2") == Reach(TcpAddress("h2", 8001))
     assert registry.find("nope") is None
-    assert list(Registry([], host="x", port=1).proxies()) == []
+    assert list(registry_of().proxies()) == []
 
 
 def test_a_socket_behind_a_proxy_lies_on_the_proxys_machine() -> None:
     proxy = {"name": "p2", "host": "h2", "port": 8001, "nodes": [{"name": "w", "host": "x", "port": "/run/w"}]}
-    registry = Registry(entries(proxy, {**N1, "name": "w"}), host="h", port=1)
+    registry = registry_of(entries(proxy, {**N1, "name": "w"}))
     behind = Reach(TcpAddress("h2", 8001), "/proxy/localhost/%252Frun%252Fw")
     assert [node.reach for node in registry.nodes()] == [Reach(UnixAddress(str(N1["port"]))), behind]
     assert behind.proxy_path == "/proxy/h2/8001/proxy/localhost/%252Frun%252Fw"
     assert registry.find("w") == Reach(UnixAddress(str(N1["port"])))  # of one name, this frontend's own comes first
     assert registry.has(TcpAddress("h2", 8001))
     assert not registry.has(UnixAddress("/run/w"))
+
+
+def test_a_loopback_port_behind_a_proxy_lies_on_the_proxys_machine() -> None:
+    child = {"name": "w", "host": "127.0.0.1", "port": 7000}
+    registry = registry_of(entries({"name": "p2", "host": "h2", "port": 8001, "nodes": [child]}))
+    assert registry.find("w") == Reach(TcpAddress("h2", 8001), "/proxy/127.0.0.1/7000")
+    assert registry.at(TcpAddress("127.0.0.1", 7000)) is None
+    near = registry_of(entries({"name": "p2", "host": "localhost", "port": 8001, "nodes": [child]}))
+    assert near.find("w") == Reach(TcpAddress("127.0.0.1", 7000))
 
 
 async def test_through_two_frontends(api_server: StartApi, frontend_server: StartFrontend) -> None:
@@ -100,11 +102,11 @@ def test_other_keys_and_both_kinds_of_port_are_taken() -> None:
         ("", "expected a JSON list of nodes"),
         ("{", "expected a JSON list of nodes"),
         ("{}", "Expected `array`, got `object`"),
-        ("[1]", "Expected `object`, got `int` - at `$[0]`"),
-        ('[{"name": "a", "host": "h"}]', "missing required field `port` - at `$[0]`"),
-        ('[{"name": 1, "host": "h", "port": 1}]', "Expected `str`, got `int` - at `$[0].name`"),
-        ('[{"name": "", "host": "h", "port": 1}]', "length >= 1 - at `$[0].name`"),
-        ('[{"name": "a\\nb", "host": "h", "port": 1}]', "at `$[0].name`"),
+        ("[1]", "[0]: expected a node {name, host, port}: Expected `object`, got `int`"),
+        ('[{"name": "a", "host": "h"}]', "missing required field `port`"),
+        ('[{"name": 1, "host": "h", "port": 1}]', "Expected `str`, got `int` - at `$.name`"),
+        ('[{"name": "", "host": "h", "port": 1}]', "length >= 1 - at `$.name`"),
+        ('[{"name": "a\\nb", "host": "h", "port": 1}]', "at `$.name`"),
         ('[{"name": "a", "host": "h", "port": true}]', "Expected `int | str`, got `bool`"),
         ('[{"name": "a", "host": "h", "port": 0}]', "--nodes: [0]: 'a': '0': expected a port from 1 to 65535"),
         ('[{"name": "a", "host": "h h", "port": 1}]', "'h h': expected a host name"),
@@ -132,36 +134,38 @@ def test_any_bytes_are_taken_or_refused(data: bytes) -> None:
 
 def test_names_are_one_of_a_kind() -> None:
     with pytest.raises(ConfigError, match="two nodes of local_proxy are named 'n1'"):
-        Registry(entries(N1, N1), host="h", port=1)
+        entries(N1, N1)
     proxy = {"name": "p", "host": "h", "port": 1, "nodes": []}
     with pytest.raises(ConfigError, match="two proxies are named 'p'"):
-        Registry(entries(proxy, proxy), host="h", port=1)
+        entries(proxy, proxy)
+    with pytest.raises(ConfigError, match="two nodes of p are named 'n1'"):
+        entries({**proxy, "nodes": [N1, N1]})
     with pytest.raises(ConfigError, match="two proxies are named 'local_proxy'"):
-        Registry(entries({**proxy, "name": "local_proxy"}), host="h", port=1)
+        entries({**proxy, "name": "local_proxy"})
 
 
 def test_lists_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "MAX_NODES", 2)
-    with pytest.raises(ConfigError, match="3 nodes, but at most 2"):
+    with pytest.raises(ConfigError, match="3 entries, but at most 2"):
         entries(*[{**N1, "name": str(i)} for i in range(3)])
 
 
 def test_a_file_and_the_command_line_together(tmp_path: Path) -> None:
     file = tmp_path / "nodes.json"
     file.write_text(json.dumps([N1]))
-    both = read_nodes(Options(config=str(file), nodes='[{"name": "n2", "host": "h", "port": 1}]'))
-    assert [entry.name for entry in both if isinstance(entry, Node)] == ["n1", "n2"]
+    nodes = '[{"name": "n2", "host": "h", "port": 1}]'
+    cluster = Cluster(Options(config=str(file), nodes=nodes, registry="memory"))
+    assert [(node.name, node.source) for node in cluster.registry.nodes()] == [("n2", "nodes"), ("n1", "file")]
     with pytest.raises(ConfigError, match=f"{tmp_path}/none: cannot read the nodes: No such file"):
-        read_nodes(Options(config=f"{tmp_path}/none"))
+        Cluster(Options(config=f"{tmp_path}/none", registry="memory"))
     file.write_text("[")
     with pytest.raises(ConfigError, match=f"{file}: expected a JSON list"):
-        read_nodes(Options(config=str(file)))
+        Cluster(Options(config=str(file), registry="memory"))
 
 
-def test_the_seed_files(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    found = read_nodes(Options(config=str(root / "config" / "config.json")))
-    assert [str(entry.address) for entry in found if isinstance(entry, Node)] == [
+def test_the_seed_files() -> None:
+    file = Path(__file__).parents[2] / "config" / "config.json"
+    assert [str(entry.address) for entry in read_list(file.read_bytes(), str(file)) if isinstance(entry, Node)] == [
         "/tmp/lmcache_internal_api_server/socket_6999",
         "/tmp/lmcache_internal_api_server/socket_7000",
     ]

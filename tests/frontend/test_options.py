@@ -33,6 +33,8 @@ def test_the_command_line_over_the_environment() -> None:
             {},
             "--log-level loud: expected one of critical, error, warning, warn, info, debug, trace",
         ),
+        (["--registry", "disk"], {}, "--registry disk: expected memory, sqlite, sqlite:/a/file, redis://"),
+        ([], {"LMCACHE_FRONTEND_REGISTRY": "redis://:pw@/0"}, "environment: LMCACHE_FRONTEND_REGISTRY: the redis://"),
     ],
 )
 def test_errors_name_where_the_value_came_from(arguments: list[str], environ: dict[str, str], message: str) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from pathlib import Path
@@ -19,9 +20,11 @@ from hypothesis import strategies as st
 
 from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend import plugins
+from lmcache_frontend.cluster import Cluster
 from lmcache_frontend.hosted.deployment import Deployment, read_deployment
 from lmcache_frontend.hosted.interpreter import NEEDED, python_of
 from lmcache_frontend.nodes.node import Node
+from lmcache_frontend.nodes.sources import file as file_source
 from lmcache_frontend.options import DEFINITIONS, Options
 from lmcache_shared.errors import ConfigError, StartError
 from lmcache_shared.settings import DEFINITIONS as SETTINGS
@@ -167,7 +170,7 @@ def test_the_configuration_over_the_environment() -> None:
         ({"internal_api_server_port_start": 65535}, "index 1 has no usable address"),
         ({"internal_api_server_socket_path_prefix": "s"}, "the path of a Unix socket starts with /"),
         ({"internal_api_server_include_index_list": ["a"]}, "include_index_list[0]: expected int"),
-        ({"lmcache_instance_id": "a\nb"}, "nodes: expected a JSON list of nodes"),
+        ({"lmcache_instance_id": "a\nb"}, "nodes: [0]: expected a node"),
         ({"lmcache_instance_id": "\ud800"}, 'lmcache_instance_id: expected text, found "\\ud800"'),
         ({"extra_config": []}, "extra_config: expected keys with values, found []"),
         ({"extra_config": {"plugin.frontend.port": "x"}}, 'plugin.frontend.port: expected int, found "x"'),
@@ -178,6 +181,7 @@ def test_the_configuration_over_the_environment() -> None:
             {"extra_config": {"plugin.frontend.prot": 1}},
             "extra_config: plugin.frontend.prot: the frontend has no such option (did you mean plugin.frontend.port?)",
         ),
+        ({"extra_config": {"plugin.frontend.\x1b[2J\n": 1}}, "'plugin.frontend.\\x1b[2J\\n': the frontend has no such"),
         ({"extra_config": {"plugin.frontend.": 1}}, "plugin.frontend.: the frontend has no such option"),
         (
             {"extra_config": {"plugin.frontend.log_level": "info", "plugin.frontend.log-level": "info"}},
@@ -366,6 +370,51 @@ def test_lmcache_frontend_python_wins_and_is_checked(installed: Path, bare: Path
         read_until(child, "serves on")
 
 
+def test_what_is_no_program_is_refused_in_one_line(installed: Path, tmp_path: Path) -> None:
+    for content in ("hello", "#!/no/such/program\n"):
+        text = tmp_path / "text"
+        text.write_text(content)
+        text.chmod(0o755)
+        line = refusal(installed, plugin_of(installed), plugin_environ({}, LMCACHE_FRONTEND_PYTHON=str(text)))
+        assert line.startswith(f"lmcache-frontend: LMCACHE_FRONTEND_PYTHON={text}: cannot be run: ")
+
+
+@pytest.mark.parametrize("pid", ["\u00b2", "1" * 5000, "-1", "x", "1\n"])
+def test_a_parent_that_is_no_process(installed: Path, pid: str) -> None:
+    line = refusal(installed, plugin_of(installed), plugin_environ({}, LMCACHE_FRONTEND_PLUGIN_PARENT=pid))
+    assert line.startswith("lmcache-frontend: LMCACHE_FRONTEND_PLUGIN_PARENT: expected the pid of a process, found '")
+    assert line.isascii()
+    assert len(line) < 300
+
+
+def test_files_and_lists_of_nodes_that_cannot_be_used_name_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_source, "PIPE_SECONDS", 0.3)
+    os.mkfifo(tmp_path / "pipe")
+    place = "LMCACHE_RUNTIME_PLUGIN_CONFIG: extra_config: plugin.frontend.nodes: [0]: expected a node"
+    for option, value, message in (
+        ("config", "/x\0y", "'/x\\x00y': is no path"),
+        ("config", str(tmp_path / "pipe"), f"{tmp_path}/pipe: nobody has written the nodes within 0.3 seconds"),
+        ("config", str(tmp_path), f"{tmp_path}: cannot read the nodes: Is a directory"),
+        ("nodes", [1], place),
+    ):
+        options = deployment({"extra_config": {f"plugin.frontend.{option}": value}}).options
+        with pytest.raises(ConfigError) as refused:
+            Cluster(options)
+        assert str(refused.value).startswith(message)
+
+
+def test_nodes_through_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    nodes = [{"name": f"n{number}", "host": "h", "port": 1} for number in range(5000)]  # more than a pipe holds
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(json.dumps(nodes),))
+    writer.start()
+    cluster = Cluster(Options(config=str(tmp_path / "pipe"), registry="memory"))
+    assert sum(1 for _ in cluster.registry.nodes()) == 5000
+    writer.join()
+
+
 def test_an_installation_that_lost_what_it_needs(bare: Path, tmp_path: Path) -> None:
     broken = installed_python(tmp_path / "broken")
     (packages_of(broken) / "dependencies.pth").unlink()
@@ -439,7 +488,7 @@ def test_what_cannot_start_is_one_line_and_code_2(installed: Path) -> None:
     )
     assert "no JSON" in refusal(installed, file, plugin_environ("{"))
     assert "has no such option" in refusal(installed, file, plugin_environ({"extra_config": {"plugin.frontend.x": 1}}))
-    assert "expected a JSON list of nodes" in refusal(
+    assert "expected a node" in refusal(
         installed,
         file,
         plugin_environ({"internal_api_server_enabled": True, "extra_config": {"plugin.frontend.nodes": [1]}}),

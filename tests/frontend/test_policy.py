@@ -5,10 +5,10 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 
 from lmcache_frontend.nodes.node import read_list
-from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.proxy.policy import Policy, is_local_caller
 from lmcache_shared.address import Address, TcpAddress, UnixAddress
 from lmcache_shared.errors import Refusal
+from tests.frontend.registries import registry_of
 
 
 class Transport:
@@ -26,7 +26,7 @@ def request(peer: object = ("127.0.0.1", 5), host: str = "localhost:8080", **hea
 
 def policy(prefix: str | None = None, *nodes: str) -> Policy:
     entries = read_list(f"[{','.join(nodes)}]".encode(), "test")
-    return Policy(Registry(entries, host="h", port=1), prefix)
+    return Policy(registry_of(entries), prefix)
 
 
 def allowed(chosen: Policy, address: Address, caller=None) -> Address | None:  # type: ignore[no-untyped-def]

@@ -398,7 +398,7 @@ async def test_clients_of_unregistered_targets_are_bounded(
     async with serving(Upstream()) as upstream:
         frontend = await frontend_for(frontend_server, upstream.node)
         targets = frontend.server._runner.app[TARGETS]
-        kept = await targets.get(next(frontend.server.registry.nodes()).address)
+        kept = await targets.get(next(frontend.server.cluster.registry.nodes()).address)
         for port in [free_port() for _ in range(10)]:
             async with frontend.client.get(f"/proxy/localhost/{port}/") as response:
                 assert response.status == 502

@@ -182,18 +182,8 @@ def running_controllers(python: str, folder: Path) -> Iterator[Controllers]:
         for name, port in zip(("one", "two"), worker_ports, strict=True):
             below = folder / name
             below.mkdir()
-            extra = {
-                "lmcache_instance_id": name,
-                "enable_controller": "true",
-                "controller_pull_url": f"127.0.0.1:{pull}",
-                "controller_reply_url": f"127.0.0.1:{reply}",
-                "lmcache_worker_ports": f"[{port}]",
-            }
-            config = _write_config(below, **extra)
-            engine_command = [python, "-m", "lmcache_api", "--engine", "lmcache", "--config", str(config)]
-            engine_environ = lmcache_environ(below, PYTHONPATH=str(ROOT / "src"))
-            engine = stack.enter_context(_started(engine_command, below / "engine.log", environ=engine_environ))
-            sockets.append((engine, below / f"lm_{WORKER_PORT}"))
+            engine = stack.enter_context(starting_worker(python, below, name, pull, reply, port))
+            sockets.append((engine, engine.socket))
         controllers = Controllers(child.process, child.log, theirs, Path(f"{prefix}_9000"), [s for _, s in sockets])
         line = child.process.stdout.readline().decode().strip() if child.process.stdout is not None else ""
         if line != "READY":
@@ -206,6 +196,48 @@ def running_controllers(python: str, folder: Path) -> Iterator[Controllers]:
         finally:
             assert child.process.stdin is not None
             child.end(ask=child.process.stdin.close)
+
+
+@contextlib.contextmanager
+def running_multiprocess(python: str, folder: Path) -> Iterator[int]:
+    """LMCache's multiprocess server, on a CPU; the port of its HTTP server."""
+    port, http_port = free_ports(2)
+    where = ["--host", "localhost", "--port", str(port), "--http-host", "127.0.0.1", "--http-port", str(http_port)]
+    memory = ["--l1-size-gb", "1", "--eviction-policy", "LRU"]
+    yield from _serving(python, folder, "lmcache.v1.multiprocess.http_server", [*where, *memory], http_port)
+
+
+@contextlib.contextmanager
+def running_controller(python: str, folder: Path) -> Iterator[int]:
+    """LMCache's own controller server; its port."""
+    port, pull, reply = free_ports(3)
+    monitor = json.dumps({"pull": pull, "reply": reply})
+    options = ["--host", "127.0.0.1", "--port", str(port), "--monitor-ports", monitor]
+    yield from _serving(python, folder, "lmcache.v1.api_server", options, port)
+
+
+def _serving(python: str, folder: Path, module: str, options: Sequence[str], port: int) -> Iterator[int]:
+    log = folder / f"{module}.log"
+    with _started([python, "-m", module, *options], log, environ=lmcache_environ(folder)) as child:
+        child.wait_until(lambda: _answers(port, "/metrics"), seconds=START_SECONDS, what=module)
+        yield port
+
+
+@contextlib.contextmanager
+def starting_worker(python: str, folder: Path, instance: str, pull: int, reply: int, port: int) -> Iterator[Engine]:
+    """A standalone engine behind our server; it registers with the controller at these ports and is asked at `port`."""
+    extra = {
+        "lmcache_instance_id": instance,
+        "enable_controller": "true",
+        "controller_pull_url": f"127.0.0.1:{pull}",
+        "controller_reply_url": f"127.0.0.1:{reply}",
+        "lmcache_worker_ports": f"[{port}]",
+    }
+    config = _write_config(folder, **extra)
+    command = [python, "-m", "lmcache_api", "--engine", "lmcache", "--config", str(config)]
+    environ = lmcache_environ(folder, PYTHONPATH=str(ROOT / "src"))
+    with _started(command, folder / "engine.log", environ=environ) as child:
+        yield Engine(child.process, child.log, folder / f"lm_{WORKER_PORT}")
 
 
 def free_ports(count: int) -> list[int]:

@@ -15,7 +15,6 @@ from tests.lmcache.processes import (
     Controllers,
     ask,
     client_of,
-    free_ports,
     running_controllers,
     running_program,
     short_folder,
@@ -136,7 +135,9 @@ async def test_what_lmcache_fails_at_is_told(theirs: Client, ours: Client) -> No
         ("/clear", {"instance_id": "nope", "location": "LocalCPUBackend"}, 404, 500),
         ("/health", {"instance_id": "nope"}, 404, 200),
         ("/query_instance", {"event_id": "x", "ip": "192.0.2.77"}, 404, 500),
-        ("/check_finish", {"event_id": "x"}, 500, 500),
+        ("/check_finish", {"event_id": "x"}, 501, 500),
+        ("/move", {"old_position": ["nope", "x"], "new_position": ["one", "x"]}, 404, 500),
+        ("/move", {"old_position": ["one", "x"], "new_position": ["nope", "x"]}, 404, 500),
     ):
         assert (await ask(theirs, "POST", path, json=body)).status == their_status
         answer = await ask(ours, "POST", path, json=body)
@@ -149,12 +150,16 @@ async def test_the_version_is_told(ours: Client) -> None:
     assert "lmcache:cache_controller_registered_workers_count" in (await ask(ours, "GET", "/metrics")).text
 
 
-def test_it_starts_by_hand(lmcache_python: str) -> None:
+@pytest.mark.parametrize(
+    ("ports", "message"),
+    [
+        ('{"pull": 0, "reply": 8400}', "controller_monitor_ports: pull: '0': expected a port from 1 to 65535"),
+        ('{"pull": 8300, "reply": 70000}', "controller_monitor_ports: reply: '70000': expected a port"),
+    ],
+)
+def test_ports_that_are_none_are_refused(lmcache_python: str, ports: str, message: str) -> None:
     with short_folder() as folder:
         options = ("--role", "controller", "--set", "controller_host=127.0.0.1", "--set")
-        pull, reply = free_ports(2)
-        ports = f'controller_monitor_ports={{"pull": {pull}, "reply": {reply}}}'
-        with running_program(lmcache_python, folder, *options, ports) as program:
-            program.wait_until(lambda: " serves on " in program.log.read_text(), seconds=120, what="the controller")
-            program.process.terminate()
-            assert program.process.wait(30) == 0
+        with running_program(lmcache_python, folder, *options, f"controller_monitor_ports={ports}") as program:
+            assert program.process.wait(60) == 2
+            assert message in program.log.read_text()

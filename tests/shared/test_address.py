@@ -90,13 +90,33 @@ def test_no_text_is_more_than_refused(text: str) -> None:
         assert parse(str(address)) == address
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "localhost.", "[::1]", "::1%lo"],
+)
 def test_loopback(host: str) -> None:
     assert is_loopback_host(host)
 
 
 @pytest.mark.parametrize(
-    "host", ["", "localhost.evil.example", "10.0.0.1", "0.0.0.0", "::", "::ffff:10.0.0.1", "0x7f.1"]
+    "host",
+    [
+        "",
+        "localhost.evil.example",
+        "10.0.0.1",
+        "0.0.0.0",
+        "::",
+        "::ffff:10.0.0.1",
+        "0x7f.1",
+        "localhost..",
+        "[localhost]",
+        "[::2]",
+    ],
 )
 def test_not_loopback(host: str) -> None:
     assert not is_loopback_host(host)
+
+
+def test_half_a_character_is_in_no_path() -> None:
+    with pytest.raises(AddressError, match="half a character"):
+        parse("/\ud800")

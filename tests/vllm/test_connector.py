@@ -173,6 +173,22 @@ def test_a_server_that_raises_does_not_hinder_the_engine(
     assert deployment.config.internal_api_server_enabled is True
 
 
+def test_a_server_that_does_not_stop_does_not_hinder_lmcaches_end(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    connector = deployment.connector()
+    stop = connector._internal_api.stop
+
+    def broken() -> None:
+        stop()
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(connector._internal_api, "stop", broken)
+    connector.shutdown()
+    assert deployment.socket_at_shutdown is False  # LMCache's own shutdown ran
+    assert "our internal API server did not stop" in caplog.text
+
+
 def test_an_adapter_without_a_manager_does_not_hinder_the_engine(deployment: Deployment) -> None:
     made = deployment.made
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmcache_api.component import Unavailable
-from lmcache_shared.settings import DEFINITIONS, EXTRA
+from lmcache_shared.settings import DEFINITIONS, EXTRA, Settings
 
 CLOSED = frozenset(
     {
@@ -70,6 +70,24 @@ class HostConfiguration:
         if definitions is None:
             raise Unavailable("this process has not loaded LMCache's definitions of its settings")
         return definitions
+
+
+class ControllerConfiguration:
+    """LMCache's configuration of its controller, and what of ours it has. All of it is read at the start alone."""
+
+    def __init__(self, config: Any, settings: Settings) -> None:
+        module = sys.modules.get("lmcache.v1.cache_controller.config")
+        theirs = getattr(module, "_CONTROLLER_CONFIG_DEFINITIONS", {})
+        ours = {name: getattr(settings, name) for name in DEFINITIONS if name.startswith("controller_")}
+        self._values = {**ours, **{name: getattr(config, name) for name in theirs if hasattr(config, name)}}
+
+    def read(self, names: Sequence[str] | None) -> Mapping[str, Any]:
+        return {name: value for name, value in self._values.items() if names is None or name in names}
+
+    def update(self, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        unknown = "Unknown config"
+        fixed = "Config is not mutable at runtime"
+        return {}, {name: fixed if name in self._values else unknown for name in values}
 
 
 _MISSING = object()

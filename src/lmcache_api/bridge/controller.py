@@ -1,38 +1,41 @@
-"""LMCache's own controller manager, started in this process behind our internal API server.
+"""LMCache's own controller manager behind our internal API server.
 
-The manager lives in an event loop and a thread of its own: what blocks there blocks no server.
+The manager lives in an event loop and a thread of its own: what blocks there blocks no server. Its sockets belong to
+that loop alone: whatever touches them, metrics too, is done there.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
+import concurrent.futures
 import uuid
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from lmcache_api.bridge.configuration import HostConfiguration
+from lmcache_api.bridge.configuration import ControllerConfiguration
 from lmcache_api.bridge.manager import HostMetrics, host_periodic_threads, host_version
-from lmcache_api.bridge.standalone import INSTALL
 from lmcache_api.component import (
+    PART_OF_A_CALL,
     Component,
     ControllerError,
     Operation,
     PeriodicThreadStatus,
     Version,
     WorkerReport,
+    nobody_at,
 )
-from lmcache_shared.config import CONFIG_FILE_VARIABLE, load, read_yaml
-from lmcache_shared.errors import ConfigError, StartError
+from lmcache_shared.address import is_loopback_host
+from lmcache_shared.errors import Refusal
 from lmcache_shared.placement import CONTROLLER_INDEX, Role
 from lmcache_shared.settings import Settings
 
 T = TypeVar("T")
 
-START_SECONDS = 15.0
-STOP_SECONDS = 5.0
+FRESH = 0.0
+"""How old LMCache's list of workers may be; by itself it tells one of up to 30 seconds ago."""
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 _MESSAGES: Mapping[str, str] = {
     "lookup": "LookupMsg",
@@ -43,10 +46,12 @@ _MESSAGES: Mapping[str, str] = {
     "move": "MoveMsg",
     "health": "HealthMsg",
     "query_instance": "QueryInstMsg",
-    "check_finish": "CheckFinishMsg",
     "query_worker_info": "QueryWorkerInfoMsg",
 }
 """LMCache's message for each operation."""
+
+_OF_AN_INSTANCE = ("clear", "pin", "compress", "decompress", "health")
+"""What the workers of `instance_id` are asked; a move is asked of those of its first position."""
 
 _EVENT_PREFIXES: Mapping[str, str] = {
     "query_instance": "QueryInst",
@@ -61,11 +66,15 @@ class ManagerController:
     Args:
         manager: LMCache's.
         loop: runs in another thread.
+        settings: how long the workers have.
     """
 
-    def __init__(self, manager: Any, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, manager: Any, loop: asyncio.AbstractEventLoop, settings: Settings) -> None:
         self._manager = manager
         self._loop = loop
+        self._settings = settings
+        self._asking: dict[str, asyncio.Task[Any]] = {}
+        """What the workers of each instance are asked now: their sockets take one question after the other."""
 
     async def key_stats(self) -> Mapping[str, Any]:
         return await self._ask(self._key_stats())
@@ -115,33 +124,133 @@ class ManagerController:
                 raise ControllerError(404, f"No workers found for instance {instance_id}")
             infos = instance.get_all_worker_infos()
         else:
-            infos = registry.get_all_worker_infos_cached()
+            everyone = registry.get_all_worker_infos_cached(FRESH)
+            infos = [info for info in everyone if worker_id in (None, info.worker_id)]
         workers = [_told(info, registry.get_worker(info.instance_id, info.worker_id)) for info in infos]
         return {"workers": workers, "total_count": len(workers)}
 
     async def _operate(self, operation: Operation) -> Mapping[str, Any]:
+        if operation.name == "check_finish":
+            raise ControllerError(501, "LMCache's controller follows no events; an operation has ended when it answers")
         from lmcache.v1.cache_controller import message
 
         fields = dict(operation.fields)
-        instance_id = fields.get("instance_id")
-        registry = self._manager.reg_controller.registry
-        needs_instance = operation.name in ("clear", "pin", "compress", "decompress", "health")
-        if needs_instance and registry.get_instance(instance_id) is None:
-            raise ControllerError(404, f"No workers found for instance {instance_id}")
-        if operation.name == "move":
+        asked: str | None = None
+        if operation.name in _OF_AN_INSTANCE:
+            asked = fields["instance_id"]
+            self._check_registered(asked)
+        elif operation.name == "move":
             fields["copy"] = bool(fields.pop("should_copy"))
             fields["old_position"], fields["new_position"] = (
                 _position(fields[name], name) for name in ("old_position", "new_position")
             )
+            for instance, _ in (fields["old_position"], fields["new_position"]):
+                self._check_registered(instance)
+            asked = fields["old_position"][0]
+        elif operation.name == "query_instance":
+            fields["ip"] = self._registered_ip(fields["ip"])
+        elif operation.name == "query_worker_info":
+            self._manager.reg_controller.registry.get_all_worker_infos_cached(FRESH)
         if "tokens" in fields:
             fields["tokens"] = fields["tokens"] or []
-        if operation.name != "check_finish":
-            prefix = _EVENT_PREFIXES.get(operation.name, operation.name.capitalize())
-            fields["event_id"] = f"{prefix}{uuid.uuid4()}"
-        answer = await self._manager.handle_orchestration_message(getattr(message, _MESSAGES[operation.name])(**fields))
+        prefix = _EVENT_PREFIXES.get(operation.name, operation.name.capitalize())
+        fields["event_id"] = f"{prefix}{uuid.uuid4()}"
+        question = getattr(message, _MESSAGES[operation.name])(**fields)
+        if asked is None:
+            answer = await self._manager.handle_orchestration_message(question)
+        else:
+            answer = await self._of_workers(asked, operation.name, question)
         if isinstance(answer, message.ErrorMsg):
             raise ControllerError(500, answer.error or f"LMCache's controller cannot {operation.name}")
         return _fields_of(operation.name, answer)
+
+    async def _of_workers(self, instance_id: str, name: str, question: Any) -> Any:
+        """LMCache's answer when every worker of the instance has answered.
+
+        LMCache waits for a worker that is gone for ever, and its socket to it takes no other question meanwhile. So the
+        caller is told after `controller_answer_seconds` who is late, and after `controller_operation_seconds` those
+        who still are get a new socket.
+        """
+        settings, loop = self._settings, asyncio.get_running_loop()
+        seconds = min(settings.controller_answer_seconds, settings.internal_api_server_call_seconds * PART_OF_A_CALL)
+        until = loop.time() + seconds
+        while (earlier := self._asking.get(instance_id)) is not None:
+            await asyncio.wait({earlier}, timeout=max(0.0, until - loop.time()))
+            if not earlier.done():
+                raise ControllerError(
+                    503, f"{self._late(instance_id)}: no answer to an earlier operation; try again later"
+                )
+        asked = asyncio.create_task(self._answer(instance_id, question))
+        self._asking[instance_id] = asked
+
+        def ended(done: asyncio.Task[Any]) -> None:
+            self._asking.pop(instance_id, None)
+            if not done.cancelled():
+                done.exception()  # looked at, when nobody waits
+
+        asked.add_done_callback(ended)
+        await asyncio.wait({asked}, timeout=max(0.0, until - loop.time()))
+        if not asked.done():
+            raise ControllerError(
+                504, f"{name}: {self._late(instance_id)}: no answer within {seconds:g} seconds; it may still finish"
+            )
+        return asked.result()
+
+    async def _answer(self, instance_id: str, question: Any) -> Any:
+        """What LMCache answers, within `controller_operation_seconds`; then the late workers' sockets are new ones."""
+        work = asyncio.ensure_future(self._manager.handle_orchestration_message(question))
+        try:
+            await asyncio.wait({work}, timeout=self._settings.controller_operation_seconds)
+            if work.done():
+                return work.result()
+            late = self._late(instance_id)
+            raise ControllerError(
+                504, f"{late}: no answer within {self._settings.controller_operation_seconds:g} seconds"
+            )
+        finally:
+            if not work.done():
+                work.cancel()
+                self._renew_sockets(instance_id)
+
+    def _owing(self, instance_id: str) -> list[Any]:
+        """The workers of the instance that owe an answer: a socket takes a question when none is open."""
+        import zmq
+
+        instance = self._manager.reg_controller.registry.get_instance(instance_id)
+        workers = list(instance.workers.values()) if instance is not None else []
+        return [
+            worker
+            for worker in workers
+            if worker.socket is not None and not worker.socket.get(zmq.EVENTS) & zmq.POLLOUT
+        ]
+
+    def _late(self, instance_id: str) -> str:
+        """Who owes an answer, for a text."""
+        names = [f"worker {worker.worker_id} at {worker.ip}:{worker.port}" for worker in self._owing(instance_id)]
+        return f"{instance_id}: {', '.join(names) or 'a worker'}"
+
+    def _renew_sockets(self, instance_id: str) -> None:
+        """As LMCache makes and closes them when a worker comes and goes."""
+        import zmq
+        from lmcache.v1.rpc_utils import close_zmq_socket, get_zmq_context, get_zmq_socket
+
+        for worker in self._owing(instance_id):
+            old, url = worker.socket, f"{worker.ip}:{worker.port}"
+            worker.socket = get_zmq_socket(get_zmq_context(), url, "tcp", zmq.REQ, "connect")
+            close_zmq_socket(old)
+
+    def _check_registered(self, instance_id: str) -> None:
+        if self._manager.reg_controller.registry.get_instance(instance_id) is None:
+            raise ControllerError(404, f"No workers found for instance {instance_id}")
+
+    def _registered_ip(self, ip: str) -> str:
+        """As the worker there spells it, when it is this machine."""
+        registry = self._manager.reg_controller.registry
+        spellings = (ip, *LOOPBACK) if is_loopback_host(ip) else (ip,)
+        for spelling in spellings:
+            if registry.get_instance_by_ip(spelling) is not None:
+                return spelling
+        raise ControllerError(404, nobody_at(ip))
 
     async def _ask(self, work: Coroutine[Any, Any, T]) -> T:
         """Await in the server's loop what the manager's loop does; what LMCache raises is told as its failure.
@@ -157,6 +266,42 @@ class ManagerController:
         except Exception as error:
             raise ControllerError(500, f"LMCache's controller: {str(error) or type(error).__name__}") from None
         return answer
+
+
+class ControllerMetrics(HostMetrics):
+    """The host's metrics, rendered in the manager's loop.
+
+    Some of LMCache's gauges look at the manager's sockets, and looking takes away the one signal that a message is
+    there: in another thread than theirs it stops LMCache's handlers for good.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        super().__init__()
+        self._loop = loop
+        self._seconds = seconds
+
+    def exposition(self) -> bytes:
+        return self._in_loop(super().exposition)
+
+    def reset(self) -> None:
+        self._in_loop(super().reset)
+
+    def _in_loop(self, function: Callable[[], T]) -> T:
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def call() -> None:
+            if done.set_running_or_notify_cancel():  # or nobody waits any more
+                try:
+                    done.set_result(function())
+                except Exception as error:
+                    done.set_exception(error)
+
+        self._loop.call_soon_threadsafe(call)
+        try:
+            return done.result(self._seconds)
+        except concurrent.futures.TimeoutError:
+            done.cancel()
+            raise Refusal(504, f"LMCache's controller: its event loop hangs for {self._seconds:g} seconds") from None
 
 
 class ControllerComponent:
@@ -175,9 +320,9 @@ class ControllerComponent:
 
     def __init__(self, manager: Any, loop: asyncio.AbstractEventLoop, config: Any, settings: Settings) -> None:
         self.settings = settings
-        self.configuration = HostConfiguration(config)
-        self.metrics = HostMetrics()
-        self.controller = ManagerController(manager, loop)
+        self.configuration = ControllerConfiguration(config, settings)
+        self.metrics = ControllerMetrics(loop, settings.internal_api_server_call_seconds * PART_OF_A_CALL)
+        self.controller = ManagerController(manager, loop, settings)
         self.script_adapter: object = SimpleNamespace(config=config, lmcache_controller_manager=manager)
 
     @property
@@ -189,89 +334,6 @@ class ControllerComponent:
 
     def periodic_threads(self) -> Sequence[PeriodicThreadStatus]:
         return host_periodic_threads()
-
-
-class StandaloneController:
-    """LMCache's controller manager, started in a thread of its own.
-
-    Args:
-        path: LMCache's controller configuration, by default what `LMCACHE_CONTROLLER_CONFIG_FILE` names.
-        overrides: each `key=value`: a key of that configuration, or a setting of our server.
-        log_level: of LMCache's loggers, unless `LMCACHE_LOG_LEVEL` says otherwise.
-
-    Raises:
-        StartError: LMCache is not installed, or its controller does not start.
-        ConfigError: a setting cannot be used.
-    """
-
-    def __init__(self, path: str | None, overrides: Sequence[str], *, log_level: str) -> None:
-        os.environ.setdefault("LMCACHE_LOG_LEVEL", log_level.upper())  # it is read when LMCache is imported
-        try:
-            from lmcache.v1.cache_controller.controller_manager import LMCacheControllerManager
-        except ImportError as error:
-            raise StartError(f"--engine lmcache: LMCache is not installed here ({error}); {INSTALL}") from None
-        config, settings = _configuration(path, overrides)
-        urls = _urls(config)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="lmcache-controller", daemon=True)
-        self._thread.start()
-
-        async def make() -> Any:
-            return LMCacheControllerManager(urls, config.health_check_interval, config.lmcache_worker_timeout)
-
-        try:
-            self._manager = asyncio.run_coroutine_threadsafe(make(), self._loop).result(START_SECONDS)
-        except Exception as error:
-            self._end_loop()
-            raise StartError(f"LMCache's controller does not start: {type(error).__name__}: {error}") from None
-        self._serving = asyncio.run_coroutine_threadsafe(self._manager.start_all(), self._loop)
-        self.component = ControllerComponent(self._manager, self._loop, config, settings)
-
-    def stop(self) -> None:
-        """End the manager; blocks for a moment."""
-        self._serving.cancel()
-        self._loop.call_soon_threadsafe(self._manager.close)
-        self._end_loop()
-
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(STOP_SECONDS)
-
-
-def _configuration(path: str | None, overrides: Sequence[str]) -> tuple[Any, Settings]:
-    """LMCache's controller configuration, and our server's settings: its host and port, sockets if they are set."""
-    from lmcache.v1.cache_controller.config import (
-        _CONTROLLER_CONFIG_DEFINITIONS,
-        load_controller_config_with_overrides,
-    )
-    from lmcache.v1.config_base import validate_and_set_config_value
-
-    path = path or os.environ.get("LMCACHE_CONTROLLER_CONFIG_FILE") or os.environ.get(CONFIG_FILE_VARIABLE)
-    if path is not None:
-        read_yaml(path)
-    theirs = [text for text in overrides if text.partition("=")[0].strip() in _CONTROLLER_CONFIG_DEFINITIONS]
-    ours = [text for text in overrides if text not in theirs or text.startswith("controller_port=")]
-    try:
-        config = load_controller_config_with_overrides(config_file_path=path, overrides={})
-    except Exception as error:
-        raise ConfigError(f"{path or 'environment'}: LMCache cannot use it: {error}") from None
-    for override in theirs:
-        key, _, value = override.partition("=")
-        if not validate_and_set_config_value(config, key.strip(), value):
-            raise ConfigError(f"--set {key}: LMCache cannot use {value!r}")
-    where = [f"internal_api_server_host={config.controller_host}", f"controller_port={config.controller_port}"]
-    settings = load(path, overrides=["internal_api_server_enabled=true", *where, *ours])
-    return config, settings
-
-
-def _urls(config: Any) -> dict[str, str | None]:
-    ports = config.controller_monitor_ports or {}
-    if "pull" not in ports or "reply" not in ports:
-        raise ConfigError('controller_monitor_ports: expected {"pull": PORT, "reply": PORT}')
-    return {
-        name: f"{config.controller_host}:{ports[name]}" if ports.get(name) else None
-        for name in ("pull", "reply", "heartbeat")
-    }
 
 
 def _position(value: Sequence[str], name: str) -> tuple[str, str]:
@@ -293,16 +355,14 @@ def _worker_info(info: Any) -> dict[str, Any]:
 
 def _fields_of(operation: str, answer: Any) -> dict[str, Any]:
     """The fields of LMCache's own answer to the post."""
-    if operation == "check_finish":
-        return {"status": answer.status}
     told: dict[str, Any] = {"event_id": answer.event_id}
     if operation == "lookup":
         told["layout_info"] = dict(answer.layout_info)
     elif operation == "health":
         told["error_codes"] = {str(worker): code for worker, code in answer.error_codes.items()}
     elif operation == "query_instance":
-        if answer.instance_id is None:
-            raise ControllerError(404, "no instance is registered at this address")
+        if answer.instance_id is None:  # it has left in between
+            raise ControllerError(404, "no instance is registered there any more")
         told["res"] = answer.instance_id
     elif operation == "query_worker_info":
         told["worker_infos"] = [_worker_info(info) for info in answer.worker_infos]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +13,11 @@ from lmcache_shared.config import CONFIG_FILE_VARIABLE, convert, from_object, re
 from lmcache_shared.errors import ConfigError, StartError
 from lmcache_shared.settings import DEFINITIONS, EXTRA, Settings
 
+logger = logging.getLogger(__name__)
+
 INSTALL = "pip install lmcache"
+
+LEAVE_SECONDS = 0.3
 
 
 class StandaloneEngine:
@@ -76,7 +82,29 @@ class StandaloneEngine:
 
     def stop(self) -> None:
         """Takes seconds and blocks."""
+        _leave_controller(self._starter._manager)
         self._starter.stop()
+
+
+def _leave_controller(manager: Any) -> None:
+    """Tell LMCache's controller that its worker goes, if there is one.
+
+    LMCache puts the message into a queue and ends the queue's loop before anything is sent, so that the controller
+    keeps the worker; and one of the tasks there cannot be cancelled, of which asyncio tells at length.
+    """
+    worker = getattr(getattr(manager, "lmcache_engine", None), "lmcache_worker", None)
+    if worker is None:
+        return
+
+    async def leave() -> None:
+        worker.deregister()
+        await asyncio.sleep(LEAVE_SECONDS)
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+
+    try:
+        asyncio.run_coroutine_threadsafe(leave(), worker.loop).result(2 * LEAVE_SECONDS)
+    except Exception as error:
+        logger.warning("LMCache's worker did not leave its controller: %s: %s", type(error).__name__, error)
 
 
 def _configuration(path: str | None, overrides: Sequence[str]) -> tuple[Any, bool]:

@@ -67,7 +67,10 @@ class LMCacheOpsConnector(LMCacheConnectorV1):  # type: ignore[misc]
     def shutdown(self) -> Any:
         """Our server first, so that nobody asks what is being closed."""
         if self._internal_api is not None:
-            self._internal_api.stop()
+            try:
+                self._internal_api.stop()
+            except Exception:
+                logger.exception("our internal API server did not stop")
         return super().shutdown()
 
 

@@ -18,6 +18,9 @@ MAX_REFUSAL_BYTES = 1 << 12
 def ask(address: Address, method: str, path: str, body: object = None, *, seconds: float) -> dict[str, Any]:
     """The JSON object that the component at `address` answers; connecting, asking and answering have `seconds`.
 
+    Looking up a host's name is not in them: the system's resolver has its own limit (resolv.conf), and no other way to
+    be stopped.
+
     Raises:
         OSError: it does not answer in time, or with something else; the text names the address.
     """

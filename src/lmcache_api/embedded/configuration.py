@@ -27,7 +27,11 @@ class EmbeddedConfiguration:
 
     def read(self, names: Sequence[str] | None) -> Mapping[str, Any]:
         settings = self._settings
-        values = {name: _told(getattr(settings, name), name) for name in DEFINITIONS}
+        values = {
+            name: _told(getattr(settings, name), name)
+            for name, row in DEFINITIONS.items()
+            if not row.engine or self._role != "controller"  # which has no engine
+        }
         extra = values[EXTRA]
         if extra:
             values[EXTRA] = {name: values.get(name, value) for name, value in extra.items()}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import itertools
+import logging
 import re
 import time
 import uuid
@@ -19,15 +21,30 @@ from typing import Any
 
 import msgspec
 
-from lmcache_api.component import ControllerError, Operation, WorkerReport
-from lmcache_api.embedded.fan_out import Cleared, FanOut, Found, Healthy, Question
-from lmcache_shared.address import Address, TcpAddress, is_loopback_host, tcp_address, unix_address
+from lmcache_api.component import PART_OF_A_CALL, ControllerError, Operation, WorkerReport, nobody_at
+from lmcache_api.embedded.fan_out import OUT_OF_FILES, Cleared, FanOut, Found, Healthy, Question
+from lmcache_shared.address import (
+    Address,
+    TcpAddress,
+    is_loopback_host,
+    tcp_address,
+    unix_address,
+    without_brackets,
+)
 from lmcache_shared.errors import AddressError
 from lmcache_shared.placement import MAX_WORKERS
 from lmcache_shared.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 MAX_REPORTED = 4 * MAX_WORKERS
 """Workers that are kept; further ones are refused."""
+
+MAX_OF_A_HOST = MAX_WORKERS
+"""Of those, workers of one host: a caller that makes them up leaves room for everybody else's."""
+
+MAX_KEYS = 1 << 40
+"""Chunks of a worker; more is no number to add up."""
 
 MAX_EVENTS = 1000
 """Operations that are remembered; of those that are done the oldest are forgotten first."""
@@ -36,10 +53,13 @@ MAX_EVENT_WORKERS = 1 << 16
 """Workers in all events together, each with what it answered."""
 
 MAX_NAME = 256
-ALL = "all"
+MAX_NAMED = 5
+"""Workers that one line of the log names."""
 
-PART_OF_A_CALL = 0.9
-"""An operation answers before the deadline of the call (`internal_api_server_call_seconds`)."""
+LOOKS_A_TIMEOUT = 10
+"""How often in `controller_worker_seconds` silent workers are looked for."""
+
+ALL = "all"
 
 HEALTHY, UNHEALTHY, SILENT = 0, 1, 2
 """Error codes of a worker's health."""
@@ -58,13 +78,15 @@ class Registered:
     reported: float
     """The same by the monotonic clock, which no administrator sets."""
     key_count: int
+    host: str
+    """One name for its machine, whichever of its addresses it reports."""
 
     @property
     def name(self) -> str:
         return f"{self.instance_id} worker {self.worker_id} at {self.address}"
 
     def told(self) -> dict[str, Any]:
-        """The fields of LMCache's worker info."""
+        """The fields of LMCache's worker info, and where it is asked: a socket has no port."""
         return {
             "instance_id": self.instance_id,
             "worker_id": self.worker_id,
@@ -73,6 +95,7 @@ class Registered:
             "peer_init_url": None,
             "registration_time": self.registered_at,
             "last_heartbeat_time": self.reported_at,
+            "address": str(self.address),
         }
 
 
@@ -102,16 +125,17 @@ class EmbeddedController:
         self._workers: dict[tuple[str, int], Registered] = {}
         self._events: OrderedDict[str, Event] = OrderedDict()
         self._fan_out = FanOut()
+        self._looking: asyncio.TimerHandle | None = None
+        """The next look for silent workers."""
         self._forgot = 0.0
         """When silent workers were last forgotten, by the monotonic clock."""
 
     async def key_stats(self) -> Mapping[str, Any]:
         present = self._present()
-        instances = sorted({worker.instance_id for worker in present})
-        of_each = {name: [worker for worker in present if worker.instance_id == name] for name in instances}
+        of_each = {name: list(of_one) for name, of_one in itertools.groupby(present, lambda worker: worker.instance_id)}
         return {
             "total_key_count": sum(worker.key_count for worker in present),
-            "total_instance_count": len(instances),
+            "total_instance_count": len(of_each),
             "total_worker_count": len(present),
             "instances": [
                 {
@@ -130,7 +154,8 @@ class EmbeddedController:
                 return {**worker.told(), "key_count": worker.key_count}
             raise ControllerError(404, f"Worker ({instance_id[:MAX_NAME]}, {worker_id}) not found")
         present = self._present() if instance_id is None else self._of_instance(instance_id)
-        told = [{**worker.told(), "key_count": worker.key_count} for worker in present]
+        asked = [worker for worker in present if worker_id in (None, worker.worker_id)]
+        told = [{**worker.told(), "key_count": worker.key_count} for worker in asked]
         return {"workers": told, "total_count": len(told)}
 
     def gauges(self) -> dict[str, float]:
@@ -147,19 +172,36 @@ class EmbeddedController:
             raise ControllerError(
                 400, f"instance_id: 1 to {MAX_NAME} characters, worker_id: a number from 0 to {MAX_WORKERS - 1}"
             )
-        if report.key_count < 0:
-            raise ControllerError(400, f"key_count {report.key_count}: expected a number from 0")
+        if not report.instance_id.isprintable():
+            raise ControllerError(400, "instance_id: a name has no control characters and no half ones")
+        if report.instance_id == ALL:
+            raise ControllerError(400, f"instance_id: {ALL!r} means all instances; choose another lmcache_instance_id")
+        if not 0 <= report.key_count <= MAX_KEYS:
+            raise ControllerError(400, f"key_count {report.key_count}: expected a number from 0 to {MAX_KEYS}")
         address = self._address_of(report, caller)
         key = (report.instance_id, report.worker_id)
         known = self._known(*key)
-        if known is None and len(self._workers) >= MAX_REPORTED:
-            self._forget_the_silent()
-            if len(self._workers) >= MAX_REPORTED:
-                raise ControllerError(503, f"{MAX_REPORTED} workers are registered; no further one is taken")
-        now = time.time()
         ip = address.host if isinstance(address, TcpAddress) else "localhost"
+        host = _machine(ip)
+        if known is not None and not _same_place(known, address, host):
+            raise ControllerError(
+                409,
+                f"worker {known.worker_id} of {known.instance_id} is at {known.address}, and this one is at {address}:"
+                " each deployment needs an lmcache_instance_id of its own; one that moved is taken when the other is"
+                f" silent for {self._settings().controller_worker_seconds:g} seconds",
+            )
+        if known is None and self._too_many(host):
+            self._forget_the_silent()
+            if problem := self._too_many(host):
+                raise ControllerError(503, f"{problem}; no further one is taken")
+        now = time.time()
         registered_at = known.registered_at if known is not None else now
-        self._workers[key] = Registered(*key, address, ip, registered_at, now, time.monotonic(), report.key_count)
+        reported = time.monotonic()
+        self._workers[key] = Registered(*key, address, ip, registered_at, now, reported, report.key_count, host)
+        if known is None:
+            logger.info("%s is here", self._workers[key].name)
+        if self._looking is None:
+            self._look_again()
         return {"status": "success", "timeout_seconds": self._settings().controller_worker_seconds}
 
     async def leave(self, instance_id: str, worker_id: int, caller: str | None) -> None:
@@ -169,6 +211,7 @@ class EmbeddedController:
         if not _same_host(known.ip, caller):
             raise ControllerError(403, f"a worker leaves by itself; it is at {known.ip}, and this is {caller}")
         del self._workers[known.instance_id, known.worker_id]
+        logger.info("%s has left", known.name)
 
     async def operate(self, operation: Operation) -> Mapping[str, Any]:
         fields = operation.fields
@@ -184,10 +227,14 @@ class EmbeddedController:
             return self._query_worker_info(fields["instance_id"], fields["worker_ids"])
         if operation.name == "check_finish":
             return self._check_finish(fields["event_id"])
-        raise ControllerError(501, f"{operation.name} is not possible on embedded workers")
+        raise ControllerError(
+            501, f"{operation.name} is not possible on embedded workers: their engine has no such operation"
+        )
 
     async def close(self) -> None:
         """End the operations that go on."""
+        if self._looking is not None:
+            self._looking.cancel()
         tasks = [event.task for event in self._events.values() if event.task is not None and not event.task.done()]
         for task in tasks:
             task.cancel()
@@ -224,9 +271,9 @@ class EmbeddedController:
         return {"event_id": event.event_id, "error_codes": codes, "workers": event.workers()}
 
     def _query_instance(self, ip: str) -> Mapping[str, Any]:
-        found = next((worker.instance_id for worker in self._present() if _bare(worker.ip) == _bare(ip)), None)
+        found = next((worker.instance_id for worker in self._present() if worker.host == _machine(ip)), None)
         if found is None:
-            raise ControllerError(404, f"no instance is registered at {ip[:MAX_NAME]}")
+            raise ControllerError(404, nobody_at(ip))
         return {"event_id": _event_id("QueryInst"), "res": found}
 
     def _query_worker_info(self, instance_id: str, worker_ids: Sequence[int] | None) -> Mapping[str, Any]:
@@ -249,12 +296,38 @@ class EmbeddedController:
         found = [worker for worker in tuple(self._workers.values()) if self._is_present(worker)]
         return sorted(found, key=lambda worker: (worker.instance_id, worker.worker_id))
 
+    def _too_many(self, host: str) -> str | None:
+        """Why there is no room for one more worker of this host."""
+        if len(self._workers) >= MAX_REPORTED:
+            return f"{MAX_REPORTED} workers are registered"
+        if [worker.host for worker in self._workers.values()].count(host) >= MAX_OF_A_HOST:
+            return f"{MAX_OF_A_HOST} workers of {host} are registered"
+        return None
+
+    def _look_again(self) -> None:
+        """As long as there is anybody: a worker that is gone is told of when nobody asks, too."""
+        self._looking = None
+        if self._workers:
+            seconds = self._settings().controller_worker_seconds / LOOKS_A_TIMEOUT
+            self._looking = asyncio.get_running_loop().call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        self._forget_the_silent()
+        self._look_again()
+
     def _forget_the_silent(self) -> None:
-        """Make room; not at every report of a flood, as it looks at every worker."""
-        now = time.monotonic()
-        if now - self._forgot >= self._settings().controller_worker_seconds / 10:
-            self._workers = {key: worker for key, worker in self._workers.items() if self._is_present(worker)}
-            self._forgot = now
+        """Make room, and log one line; not at every report of a flood, as it looks at every worker."""
+        now, seconds = time.monotonic(), self._settings().controller_worker_seconds
+        if now - self._forgot < seconds / LOOKS_A_TIMEOUT / 2:
+            return
+        self._forgot = now
+        silent = [worker for worker in self._workers.values() if not self._is_present(worker)]
+        for worker in silent:
+            del self._workers[worker.instance_id, worker.worker_id]
+        if silent:
+            names = ", ".join(worker.name for worker in silent[:MAX_NAMED])
+            more = f" and {len(silent) - MAX_NAMED} more" if len(silent) > MAX_NAMED else ""
+            logger.warning("no report for %g seconds, forgotten: %s%s", seconds, names, more)
 
     def _is_present(self, worker: Registered) -> bool:
         return time.monotonic() - worker.reported <= self._settings().controller_worker_seconds
@@ -283,7 +356,8 @@ class EmbeddedController:
                 raise ControllerError(403, f"host {host[:MAX_NAME]}: a worker reports itself, and this is {caller}")
             if caller is not None and not is_loopback_host(caller):
                 host = caller  # with its IPv6 scope, which is a name of this machine's
-            return tcp_address(host if "%" in host else _bare(host), report.port)
+            has_scope = "%" in host and not is_loopback_host(host)
+            return tcp_address(host if has_scope else _bare(host), report.port)
         except AddressError as error:
             raise ControllerError(400, f"port: {error}") from None
 
@@ -311,6 +385,9 @@ class EmbeddedController:
                 event.task.cancel()
                 self._events.pop(event.event_id, None)
             raise
+        not_asked = sum(answer.get("error") == OUT_OF_FILES for answer in event.answers.values())
+        if not_asked:
+            raise ControllerError(503, f"{not_asked} of {len(workers)} workers were not asked: {OUT_OF_FILES}")
         return event
 
     def _make_room(self, workers: int) -> None:
@@ -336,10 +413,22 @@ def _same_host(host: str, caller: str | None) -> bool:
     return _bare(host) == _bare(caller or "") or (is_here and is_loopback_host(host))
 
 
+def _machine(host: str) -> str:
+    """One name for all spellings of a host."""
+    return "localhost" if is_loopback_host(host) else _bare(host)
+
+
+def _same_place(known: Registered, address: Address, host: str) -> bool:
+    """Whether it is the worker that is known: another spelling of its host is, another port is not."""
+    if isinstance(known.address, TcpAddress) and isinstance(address, TcpAddress):
+        return (known.host, known.address.port) == (host, address.port)
+    return known.address == address
+
+
 def _bare(host: str) -> str:
     """A number in its one spelling, without an IPv6 scope; an IPv4 number inside IPv6 is that IPv4 number."""
     try:
-        number = ipaddress.ip_address(host.partition("%")[0])
+        number = ipaddress.ip_address(without_brackets(host).partition("%")[0])
     except ValueError:
         return host
     mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -31,10 +32,14 @@ MAX_ANSWER_BYTES = 1 << 20
 MAX_HERE_BYTES = 1 << 14
 """A longer answer is read in a thread, so that the loop goes on."""
 
+OUT_OF_FILES = "the controller has no file descriptor left to ask a worker; raise its limit (ulimit -n) or try later"
+"""What is told of a worker that was not asked: it is no fault of the worker."""
+
 MAX_WHY = 256
 PIECE_BYTES = 1 << 18
 
-_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]
+"""Tokens; more than any cache holds is no answer."""
 
 
 class _Span(msgspec.Struct):
@@ -101,7 +106,7 @@ class FanOut:
             except asyncio.TimeoutError:
                 return _error(f"no answer within {seconds:g} seconds")
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                return _error(str(error) or type(error).__name__)
+                return _error(OUT_OF_FILES if _is_out_of_files(error) else str(error) or type(error).__name__)
             except Exception as error:  # one worker's answer is no reason to leave the others out
                 logger.exception("asking %s failed", address)
                 return _error(type(error).__name__)
@@ -137,10 +142,12 @@ async def _exchange(address: Address, question: Question) -> tuple[int, bytes]:
     headers = {"Accept-Encoding": "identity"}
     if question.body is not None:
         headers |= {"Content-Type": "application/json", "Content-Length": str(len(question.body))}
+    connector = _connector(address)
     async with (
+        _cut_off_when_it_fails(connector),
         aiohttp.ClientSession(
             base,
-            connector=address.connector(limit=1, keepalive_timeout=1),
+            connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             timeout=aiohttp.ClientTimeout(total=None),  # the caller has one deadline for everything
@@ -160,6 +167,47 @@ async def _exchange(address: Address, question: Question) -> tuple[int, bytes]:
             if len(content) > MAX_ANSWER_BYTES:
                 raise ValueError(f"its answer is larger than {MAX_ANSWER_BYTES} bytes")
         return response.status, bytes(content)
+
+
+class _Remembering(aiohttp.BaseConnector):
+    """A connector that knows its connections, also while a request is being sent."""
+
+    transports: tuple[asyncio.Transport, ...] = ()
+
+    async def connect(self, *arguments: Any, **named: Any) -> aiohttp.connector.Connection:
+        connection = await super().connect(*arguments, **named)
+        if connection.transport is not None:
+            self.transports += (connection.transport,)
+        return connection
+
+
+class _TcpConnector(_Remembering, aiohttp.TCPConnector):
+    pass
+
+
+class _UnixConnector(_Remembering, aiohttp.UnixConnector):
+    pass
+
+
+def _connector(address: Address) -> _Remembering:
+    if isinstance(address, TcpAddress):
+        return _TcpConnector(limit=1, keepalive_timeout=1)
+    return _UnixConnector(address.path, limit=1, keepalive_timeout=1)
+
+
+@contextlib.asynccontextmanager
+async def _cut_off_when_it_fails(connector: _Remembering) -> AsyncIterator[None]:
+    """A connection that is closed stays open until what was written is read, which a worker that hangs never does."""
+    try:
+        yield
+    except BaseException:
+        for transport in connector.transports:
+            transport.abort()
+        raise
+
+
+def _is_out_of_files(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 async def _pieces(body: bytes) -> AsyncIterator[memoryview]:

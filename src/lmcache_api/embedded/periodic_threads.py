@@ -47,6 +47,10 @@ class PeriodicThread:
         """Whether it is to end; a run that takes long looks at it."""
         return self._stopping.is_set()
 
+    @property
+    def is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def start(self) -> None:
         self._stopping.clear()
         self._started_at = time.time()
@@ -63,7 +67,7 @@ class PeriodicThread:
         with self._lock:
             last, total, failed = self._last, self._total_runs, self._failed_runs
         now = time.time()
-        running = self._thread is not None and self._thread.is_alive()
+        running = self.is_running
         last_run_time = last["timestamp"] if last else 0.0
         since = now - (last_run_time or self._started_at)
         return {

@@ -23,6 +23,10 @@ SHORTEST, LONGEST = 0.1, 3600.0
 """Timeouts of a controller, in seconds; as the setting."""
 
 REPORT_SECONDS = 3.0
+PART_OF_AN_INTERVAL = 2 / 3
+"""A report has this part of the time between two, so that a controller that hangs makes no worker look stalled
+(`ACTIVE_INTERVALS`): from the begin of one report to the end of the next it is 2 1/3 intervals."""
+
 LEAVE_SECONDS = 0.5
 ANY_HOST = ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
 
@@ -84,7 +88,8 @@ class ControllerReporter(PeriodicThread):
         keys = self._engine.chunks
         report = {**self._worker, **self._where, "key_count": keys}
         try:
-            answer = ask(self._controller, "POST", "/controller/workers", report, seconds=REPORT_SECONDS)
+            seconds = min(REPORT_SECONDS, PART_OF_AN_INTERVAL * self.interval)
+            answer = ask(self._controller, "POST", "/controller/workers", report, seconds=seconds)
         except OSError as error:
             if not self._silent:
                 logger.warning(
@@ -106,7 +111,7 @@ class ControllerReporter(PeriodicThread):
     def stop(self) -> None:
         """End, and tell the controller, which otherwise forgets this worker by itself."""
         super().stop()
-        if not self._known:
+        if not self._known or self.is_running:  # one that has not answered this report will not answer more
             return
         with contextlib.suppress(OSError):
             query = urllib.parse.urlencode(self._worker)

@@ -1,18 +1,78 @@
-"""`GET /api/nodes`: the proxies and their nodes."""
+"""`/api/nodes`: the proxies and their nodes; change one, remove one, let one that was removed be seen again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 from aiohttp import web
 
-from lmcache_frontend.app import REGISTRY
-from lmcache_frontend.nodes.node import Node, Proxy
+from lmcache_frontend.app import BY_HAND, HEALTH, NEIGHBOURS, REGISTRY, SOURCES
+from lmcache_frontend.nodes.form import read_form
+from lmcache_frontend.nodes.node import LOCAL_PROXY, Node, Proxy
+from lmcache_frontend.nodes.registry import Name
 from lmcache_shared.responses import json_response
+from lmcache_shared.schema import parse_query
 
 router = web.RouteTableDef()
 
 
+@dataclass(frozen=True)
+class NodesQuery:
+    detail: bool = False
+
+
+@dataclass(frozen=True)
+class NodeQuery:
+    proxy: str | None = None
+
+
 @router.get("/api/nodes")
 async def nodes(request: web.Request) -> web.Response:
-    """`{"nodes": [proxy with its children, …]}`."""
-    return json_response({"nodes": [_proxy(proxy) for proxy in request.app[REGISTRY].proxies()]})
+    """`{"nodes": [proxy with its children, …]}`; `?detail=true` tells of each where it comes from and how it is."""
+    registry = request.app[REGISTRY]
+    if not parse_query(request, NodesQuery).detail:
+        return json_response({"nodes": [_proxy(proxy) for proxy in registry.proxies()]})
+    detailed = [_detailed_proxy(request.app, proxy) for proxy in registry.proxies()]
+    return json_response({"frontend": registry.identity, "nodes": detailed})
+
+
+@router.put("/api/nodes/{name}")
+async def change(request: web.Request) -> web.Response:
+    """Put another in the place of a proxy or node; of several nodes of one name `?proxy=` says which."""
+    entry = await read_form(request, "Invalid node format")
+    by_hand, query = request.app[BY_HAND], parse_query(request, NodeQuery)
+    was_proxy = await by_hand.change(request.match_info["name"], entry, proxy=query.proxy)
+    return json_response({"status": "success", "message": "Node updated" if was_proxy else "Child node updated"})
+
+
+@router.delete("/api/nodes/{name}")
+async def remove(request: web.Request) -> web.Response:
+    """Remove a proxy with its nodes, or a node. A discovered one stays away until `restore`."""
+    by_hand, query = request.app[BY_HAND], parse_query(request, NodeQuery)
+    was_proxy = await by_hand.remove(request.match_info["name"], proxy=query.proxy)
+    return json_response({"status": "success", "message": "Node deleted" if was_proxy else "Child node deleted"})
+
+
+@router.post("/api/nodes/{name}/restore")
+async def restore(request: web.Request) -> web.Response:
+    """Let a discovered proxy or node that was removed be seen again."""
+    query = parse_query(request, NodeQuery)
+    await request.app[BY_HAND].restore(request.match_info["name"], proxy=query.proxy)
+    return json_response({"status": "success", "message": "Node restored"})
+
+
+@router.get("/api/sources")
+async def sources(request: web.Request) -> web.Response:
+    """Where the nodes come from, what is wrong there, and what was removed by hand."""
+    by_hand = request.app[BY_HAND]
+    told = [{"name": it.name, "place": it.place, "problems": list(it.problems)} for it in request.app[SOURCES]]
+    problems = [] if by_hand.problem is None else [by_hand.problem]
+    told.append({"name": "hand", "place": by_hand.place, "problems": problems})
+    return json_response({"sources": told, "removed": [_removed(name) for name in by_hand.hidden()]})
+
+
+def _removed(name: Name) -> dict[str, str]:
+    return {"proxy": name} if isinstance(name, str) else {"proxy": name[0], "node": name[1]}
 
 
 def _proxy(proxy: Proxy) -> dict[str, object]:
@@ -34,4 +94,28 @@ def _node(node: Node, proxy_name: str) -> dict[str, object]:
         "port": node.port,
         "is_proxy": False,
         "proxy_id": proxy_name,
+    }
+
+
+def _detailed_proxy(app: web.Application, proxy: Proxy) -> dict[str, object]:
+    return {
+        **_proxy(proxy),
+        "source": proxy.source,
+        "stale": proxy.stale,
+        "problem": None if proxy.name == LOCAL_PROXY else app[NEIGHBOURS].problem(proxy.name),
+        "children": [_detailed_node(app, node, proxy.name) for node in proxy.nodes],
+    }
+
+
+def _detailed_node(app: web.Application, node: Node, proxy_name: str) -> dict[str, object]:
+    registry = app[REGISTRY]
+    path = registry.path_of(proxy_name, node)
+    return {
+        **_node(node, proxy_name),
+        "source": node.source,
+        "stale": node.stale,
+        "path": path,
+        "origin": node.origin or (registry.identity, path),
+        "through": node.through,
+        "health": app[HEALTH].of(proxy_name, node.name).as_json(),
     }

@@ -4,7 +4,9 @@ from aiohttp import web
 
 from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
 from lmcache_frontend.proxy import target
+from lmcache_frontend.proxy.headers import refuse_loops
 from lmcache_frontend.proxy.transport import forward
+from lmcache_frontend.telemetry.own import OWN_METRICS
 
 router = web.RouteTableDef()
 
@@ -12,7 +14,7 @@ router = web.RouteTableDef()
 @router.route("*", "/proxy/{host}/{target}{path:(/.*)?}")
 async def by_address(request: web.Request) -> web.StreamResponse:
     """To the target that the path names, if it is registered or otherwise allowed."""
-    return await _proxied(request, target.by_address(request.raw_path))
+    return await _proxied(request, target.by_address(request.raw_path, request.app[REGISTRY]))
 
 
 @router.route("*", "/proxy2/{name}{path:(/.*)?}")
@@ -22,5 +24,8 @@ async def by_name(request: web.Request) -> web.StreamResponse:
 
 
 async def _proxied(request: web.Request, wanted: target.ProxiedPath) -> web.StreamResponse:
-    allowed = request.app[POLICY].allowed(request, wanted.address)
-    return await forward(request, await request.app[TARGETS].get(allowed), wanted.path)
+    refuse_loops(request)
+    with request.app[OWN_METRICS].watching(wanted.address, wanted.path) as watched:
+        allowed = request.app[POLICY].allowed(request, wanted.address)
+        found = await request.app[TARGETS].get(allowed)
+        return watched.answered(await forward(request, found, wanted.path, watched.traffic))

@@ -21,6 +21,7 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
+from lmcache_frontend.discovery.problems import Refused, reason
 from lmcache_frontend.discovery.version import first_version
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.telemetry.health import HealthBoard
@@ -63,6 +64,7 @@ class Heartbeat:
         self._task: asyncio.Task[None] | None = None
         self._failures = 0
         self._problem: str | None = None
+        self._where: tuple[URL, float] | None = None
 
     def start(self, url: str, *, initial_delay: float = 0.0, interval: float = 30.0) -> bool:
         """Send heartbeats to `url` from now on; not, when they are sent already.
@@ -75,6 +77,7 @@ class Heartbeat:
         if self._running:
             return False
         self._failures, self._problem = 0, None
+        self._where = URL(url), interval
         self._task = asyncio.create_task(self._send_all(URL(url), initial_delay, interval), name="heartbeat")
         return True
 
@@ -88,13 +91,20 @@ class Heartbeat:
             await asyncio.wait([task], timeout=0.1)
         return True
 
+    def sends(self, url: str, interval: float) -> bool:
+        """Whether heartbeats go to this URL so often."""
+        return self._running and self._where == (URL(url), interval)
+
     def status(self) -> dict[str, object]:
-        """What `GET /api/heartbeat/status` answers: LMCache's four fields, and how the last one went."""
+        """What `GET /api/heartbeat/status` answers: LMCache's four fields, where they go, how the last one went."""
+        url, interval = self._where if self._running and self._where is not None else (None, None)
         return {
             "running": self._running,
             "local_ip": self._host,
             "startup_time": self._startup_time,
             "current_time": _now(),
+            "heartbeat_url": None if url is None else shown(url),
+            "interval": interval,
             "failures": self._failures,
             "problem": self._problem,
         }
@@ -115,11 +125,8 @@ class Heartbeat:
             await asyncio.wait_for(self._send(url), SEND_SECONDS)
         except asyncio.TimeoutError:
             return f"no answer within {SEND_SECONDS:g} seconds"
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            return " ".join(str(error).split())[:200] or type(error).__name__
         except Exception as error:
-            logger.debug("a heartbeat failed", exc_info=True)
-            return f"{type(error).__name__}: {error}"[:200]
+            return reason(error)
         return None
 
     async def _send(self, url: URL) -> None:
@@ -140,12 +147,12 @@ class Heartbeat:
             session.get(url.update_query(parameters), allow_redirects=False) as response,
         ):
             if not 200 <= response.status < 300:
-                raise ValueError(f"it answers {response.status}")
+                raise Refused(f"it answers {response.status}")
             await response.content.read(MAX_ANSWER_BYTES)
 
     def _note(self, url: URL, problem: str | None) -> None:
         """Tell of the first failure, of another reason, and of the end; the ones between are for debugging."""
-        where = url.with_user(None).with_query(None).with_fragment(None)
+        where = shown(url)
         if problem is not None:
             self._failures += 1
             level = logging.DEBUG if problem == self._problem else logging.WARNING
@@ -154,6 +161,11 @@ class Heartbeat:
             logger.warning("the heartbeat to %s is answered again, after %d failures", where, self._failures)
             self._failures = 0
         self._problem = problem
+
+
+def shown(url: URL) -> str:
+    """The URL, for people: a user, a password and a query, which may hold a token, are left out."""
+    return str(url.with_user(None).with_query(None).with_fragment(None))
 
 
 def pause(interval: float, failures: int) -> float:

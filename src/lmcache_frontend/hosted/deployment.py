@@ -117,7 +117,8 @@ def _options(section: object, place: str) -> dict[str, Given]:
         if name not in DEFINITIONS:
             close = difflib.get_close_matches(name, DEFINITIONS, n=1)
             hint = f" (did you mean {OPTION}{close[0]}?)" if close else ""
-            raise ConfigError(f"{place}: {key[:100]}: the frontend has no such option{hint}")
+            shown = key[:100] if key.isprintable() else ascii(key[:100])
+            raise ConfigError(f"{place}: {shown}: the frontend has no such option{hint}")
         if name in found:
             raise ConfigError(f"{place}: {key} is there twice, with - and with _")
         if value is not None:

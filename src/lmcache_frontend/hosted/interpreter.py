@@ -29,24 +29,29 @@ START_FAILED = 2
 def run(plugin: str) -> int:
     """Run the plugin, the file that was started, here or in the Python that this package belongs to; its exit code."""
     parent = os.environ.pop(PARENT, "")
+    if parent and not re.match(r"[0-9]{1,10}\Z", parent):
+        return _fail(f"{PARENT}: expected the pid of a process, found {parent[:80]!a}; unset it")
     problem = _problem()
     if not parent and (problem or not _belongs_here()):
         python = python_of(ROOT)
         if python:
             environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
             environ[PARENT] = str(os.getppid())
-            os.execve(python, [python, plugin], environ)  # noqa: S606 - no shell is wanted
+            try:
+                os.execve(python, [python, plugin], environ)  # noqa: S606 - no shell is wanted
+            except OSError as error:
+                problem = (
+                    problem or f"{python} is the Python that it is installed for, and cannot be run: {error.strerror}"
+                )
     if problem:
-        print(
-            f"lmcache-frontend: {sys.executable} cannot run the frontend in {ROOT}: {problem};"
-            " set LMCACHE_FRONTEND_PYTHON to the Python that it is installed for",
-            file=sys.stderr,
+        return _fail(
+            f"{sys.executable} cannot run the frontend in {ROOT}: {problem};"
+            " set LMCACHE_FRONTEND_PYTHON to the Python that it is installed for"
         )
-        return START_FAILED
     signal.signal(signal.SIGTERM, _end)  # until the event loop takes care of it
     from lmcache_frontend.hosted.plugin import main
 
-    return main(int(parent) if parent.isdigit() else os.getppid())
+    return main(int(parent) if parent else os.getppid())
 
 
 def python_of(root: str) -> str:
@@ -74,6 +79,11 @@ def _problem() -> str:
         return "it needs Python {}.{} or newer".format(*OLDEST)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     return f"it has no {', '.join(missing)}" if missing else ""
+
+
+def _fail(problem: str) -> int:
+    print(f"lmcache-frontend: {problem}", file=sys.stderr)
+    return START_FAILED
 
 
 def _end(number: int, frame: "FrameType | None") -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import select
-import sys
 
 from lmcache_frontend.hosted.deployment import read_deployment
 from lmcache_frontend.options import PROGRAM
 from lmcache_frontend.server import serve
 from lmcache_shared import program
-from lmcache_shared.errors import START_FAILED, StartError
+from lmcache_shared.errors import StartError
 
 PARENT_SECONDS = 0.25
 """How often the parent is looked for. The kernel's own signal (PR_SET_PDEATHSIG) would come when the thread ends that
@@ -23,8 +22,7 @@ def main(parent: int) -> int:
     try:
         deployment = read_deployment(os.environ)
     except StartError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return START_FAILED
+        return program.refuse(PROGRAM, error)
     program.configure_logging(deployment.options.log_level)
     for hint in deployment.hints:
         program.say(hint)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Annotated
+from urllib.parse import quote
 
 import msgspec
 
 from lmcache_shared import address
-from lmcache_shared.address import Address, UnixAddress
+from lmcache_shared.address import Address
 from lmcache_shared.errors import AddressError, ConfigError
 
 LOCAL_PROXY = "local_proxy"
@@ -18,7 +19,7 @@ LOCAL_PROXY = "local_proxy"
 MAX_NODES = 10_000
 """Most nodes of one list."""
 
-_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]*\Z")]
+_Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f\ud800-\udfff]*\Z")]
 
 
 class NodeForm(msgspec.Struct):
@@ -27,7 +28,7 @@ class NodeForm(msgspec.Struct):
     name: _Name
     host: str
     port: int | str
-    nodes: list[NodeForm] | None = None
+    nodes: list[msgspec.Raw] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,31 +48,53 @@ class Reach:
 class Node:
     """`port` as it was written: a number, a number in a string, or a socket's path; `address` is what it means.
 
-    `via` is the proxy that the node is a child of. A socket lies on that proxy's machine, so it is reached through it.
+    Attributes:
+        path: where the proxy that told of it serves it (`/proxy2/worker0`); None where nobody told.
+        through: the frontends between that proxy and the node, the proxy first, by their ids.
+        origin: the frontend that has the node for its own, and its name there, by which it is known on every way.
+        source: which source of the registry knows it.
+        stale: its source no longer reports it.
+        via: how it is reached when not at its address; the registry works it out.
     """
 
     name: str
     host: str
     port: int | str
     address: Address
-    via: Address | None = None
+    path: str | None = None
+    through: tuple[str, ...] = ()
+    origin: tuple[str, str] | None = None
+    source: str = ""
+    stale: bool = False
+    via: Reach | None = None
 
     @property
     def reach(self) -> Reach:
-        if self.via is not None and isinstance(self.address, UnixAddress):
-            return Reach(self.via, self.address.proxy_path())
-        return Reach(self.address)
+        return self.via or Reach(self.address)
 
 
 @dataclass(frozen=True)
 class Proxy:
-    """A frontend, and the nodes on its side; `port` as it was written, `address` what it means."""
+    """A frontend, and the nodes on its side; `port` as it was written, `address` what it means.
+
+    Attributes:
+        found: it was found by its address alone and may be no frontend; then it is itself its one node.
+        source, stale: as a node's.
+    """
 
     name: str
     host: str
     port: int | str
     address: Address
-    nodes: tuple[Node, ...]
+    nodes: tuple[Node, ...] = field(default=())
+    found: bool = False
+    source: str = ""
+    stale: bool = False
+
+
+def named_path(name: str) -> str:
+    """The path of a proxy or node by its name: `/proxy2/<name>`."""
+    return f"/proxy2/{quote(name, safe='')}"
 
 
 def read_list(text: bytes, place: str) -> list[Node | Proxy]:
@@ -80,41 +103,104 @@ def read_list(text: bytes, place: str) -> list[Node | Proxy]:
     Raises:
         ConfigError: no such list, too long, or an entry that cannot be used.
     """
-    try:
-        forms = msgspec.json.decode(text, type=list[NodeForm])
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{place}: expected a JSON list of nodes {{name, host, port}}: {error}") from None
-    entries = [_entry(form, f"{place}: [{i}]") for i, form in enumerate(forms)]
-    count = sum(len(entry.nodes) if isinstance(entry, Proxy) else 1 for entry in entries)
-    if count > MAX_NODES:
-        raise ConfigError(f"{place}: {count} nodes, but at most {MAX_NODES} are kept")
+    entries, problems = read_usable(text, place)
+    if problems:
+        raise ConfigError(problems[0])
     return entries
 
 
-def _entry(form: NodeForm, place: str) -> Node | Proxy:
-    if form.nodes is None:
-        return _node(form, place)
-    itself = _node(form, place)
-    children = []
-    for i, child in enumerate(form.nodes):
-        if child.nodes is not None:
-            raise ConfigError(f"{place}.nodes[{i}]: {child.name!r} has nodes of its own; a proxy's nodes are leaves")
-        children.append(_node(child, f"{place}.nodes[{i}]", itself.address))
-    return Proxy(form.name, form.host, form.port, itself.address, tuple(children))
+def read_usable(text: bytes, place: str) -> tuple[list[Node | Proxy], list[str]]:
+    """The entries of a JSON list that can be used, and one line for each that cannot.
 
-
-def _node(form: NodeForm, place: str, via: Address | None = None) -> Node:
+    Raises:
+        ConfigError: it is no list at all, or too long.
+    """
     try:
-        return Node(form.name, form.host, form.port, address.from_node(form.host, form.port), via)
-    except AddressError as error:
-        raise ConfigError(f"{place}: {form.name!r}: {error}") from None
+        forms = msgspec.json.decode(text, type=list[msgspec.Raw])
+        if len(forms) > MAX_NODES:
+            raise ConfigError(f"{place}: {len(forms)} entries, but at most {MAX_NODES} are kept")
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{place}: expected a JSON list of nodes {{name, host, port}}: {error}") from None
+    reader = _Reader()
+    entries = reader.entries(forms, place)
+    if reader.count > MAX_NODES:
+        raise ConfigError(f"{place}: {reader.count} nodes, but at most {MAX_NODES} are kept")
+    return entries, reader.problems
 
 
-def repeated_name(nodes: Iterator[Node]) -> str | None:
-    """The first name that two nodes have."""
-    seen: set[str] = set()
-    for node in nodes:
-        if node.name in seen:
-            return node.name
-        seen.add(node.name)
-    return None
+def read_one(text: bytes, place: str) -> Node | Proxy:
+    """One node or proxy, as a request's body holds it.
+
+    Raises:
+        ConfigError: it is none, or cannot be used; the text is one line.
+    """
+    reader = _Reader()
+    entry = reader.entry(text, place)
+    if entry is None or reader.problems:
+        raise ConfigError(reader.problems[0])
+    if reader.count > MAX_NODES:
+        raise ConfigError(f"{place}: {reader.count} nodes, but at most {MAX_NODES} are kept")
+    return entry
+
+
+class _Reader:
+    """Reads entries; what cannot be used is a line in `problems`."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.count = 0
+
+    def entries(self, forms: Iterable[msgspec.Raw], place: str) -> list[Node | Proxy]:
+        found: list[Node | Proxy] = []
+        taken: set[tuple[type, str]] = set()
+        for i, form in enumerate(forms):
+            entry = self.entry(bytes(form), f"{place}: [{i}]")
+            if entry is None:
+                continue
+            kind = "proxies" if isinstance(entry, Proxy) else f"nodes of {LOCAL_PROXY}"
+            if (type(entry), entry.name) in taken or (isinstance(entry, Proxy) and entry.name == LOCAL_PROXY):
+                self._refuse(f"{place}: [{i}]", f"two {kind} are named {entry.name!r}; give each a name of its own")
+                continue
+            taken.add((type(entry), entry.name))
+            found.append(entry)
+        return found
+
+    def entry(self, text: bytes, place: str) -> Node | Proxy | None:
+        form = self._form(text, place)
+        itself = None if form is None else self._node(form, place)
+        if form is None or itself is None:
+            return None
+        if form.nodes is None:
+            return itself
+        children: dict[str, Node] = {}
+        for i, child_text in enumerate(form.nodes):
+            where = f"{place}.nodes[{i}]"
+            child_form = self._form(bytes(child_text), where)
+            child = None if child_form is None else self._node(child_form, where)
+            if child_form is None or child is None:
+                continue
+            if child_form.nodes is not None:
+                self._refuse(where, f"{child.name!r} has nodes of its own; a proxy's nodes are leaves")
+            elif child.name in children:
+                self._refuse(where, f"two nodes of {form.name} are named {child.name!r}; give each a name of its own")
+            else:
+                children[child.name] = child
+        return Proxy(form.name, form.host, form.port, itself.address, tuple(children.values()))
+
+    def _form(self, text: bytes, place: str) -> NodeForm | None:
+        try:
+            return msgspec.json.decode(text, type=NodeForm)
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            self._refuse(place, f"expected a node {{name, host, port}}: {error}")
+            return None
+
+    def _node(self, form: NodeForm, place: str) -> Node | None:
+        self.count += 1
+        try:
+            return Node(form.name, form.host, form.port, address.from_node(form.host, form.port))
+        except AddressError as error:
+            self._refuse(place, f"{form.name!r}: {error}")
+            return None
+
+    def _refuse(self, place: str, problem: str) -> None:
+        self.problems.append(f"{place}: {problem}")

@@ -20,7 +20,10 @@ def main() -> int:
             return fail(f"LMCACHE_FRONTEND_PYTHON={wanted}: there is no such program")
         os.environ[PARENT] = str(os.getppid())
         os.environ.pop("PYTHONHOME", None)
-        os.execv(python, [python, os.path.abspath(__file__)])  # noqa: S606 - no shell is wanted
+        try:
+            os.execv(python, [python, os.path.abspath(__file__)])  # noqa: S606 - no shell is wanted
+        except OSError as error:
+            return fail(f"LMCACHE_FRONTEND_PYTHON={wanted}: cannot be run: {error.strerror}")
     places = (os.path.abspath(__file__), os.path.realpath(__file__))
     if sys.path[0] in map(os.path.dirname, places):
         del sys.path[0]  # other plugins may lie there, whatever their names are

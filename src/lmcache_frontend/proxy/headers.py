@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
+from aiohttp import web
 from multidict import CIMultiDict, MultiMapping
+
+from lmcache_shared.errors import Refusal
 
 HOP_BY_HOP = frozenset(
     {
@@ -34,6 +37,20 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 VIA = "1.1 lmcache-frontend"
+
+MAX_FRONTENDS = 12
+"""A request that has passed more frontends goes in a circle."""
+
+
+def refuse_loops(request: web.Request) -> None:
+    """Let a request pass so many frontends and no more.
+
+    Raises:
+        Refusal: 508 (RFC 5842, section 7.2).
+    """
+    passed = sum(via.count(VIA) for via in request.headers.getall("Via", []))
+    if passed >= MAX_FRONTENDS:
+        raise Refusal(508, f"the request has passed {passed} frontends: their proxies lead in a circle; take one out")
 
 
 def request_headers(headers: MultiMapping[str]) -> CIMultiDict[str]:

@@ -8,10 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from lmcache_frontend.nodes.node import LOCAL_PROXY, Reach, named_path
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_shared import address
 from lmcache_shared.address import Address
 from lmcache_shared.errors import AddressError, Refusal
+
+MAX_WAYS = 5
+"""Of the ways to nodes of one name, so many are told."""
 
 
 @dataclass(frozen=True)
@@ -22,30 +26,49 @@ class ProxiedPath:
     path: str
 
 
-def by_address(raw_path: str) -> ProxiedPath:
+def by_address(raw_path: str, registry: Registry) -> ProxiedPath:
     """Read `/proxy/{host}/{port or socket}/{path}`; a socket's path may be encoded once or twice.
+
+    A registered address is reached as its node is, through another frontend where that is the way.
 
     Raises:
         Refusal: 400, when host, port or socket cannot be one.
     """
     (host, target), path = _split(raw_path, 2)
     try:
-        return ProxiedPath(address.from_proxy_segments(host, target), path)
+        asked = address.from_proxy_segments(host, target)
     except AddressError as error:
         raise Refusal(400, f"/proxy/{{host}}/{{port or socket}}/…: {error}") from None
+    reach = registry.at(asked) or Reach(asked)
+    return ProxiedPath(reach.address, reach.prefix + path)
 
 
 def by_name(raw_path: str, registry: Registry) -> ProxiedPath:
-    """Read `/proxy2/{node name}/{path}`.
+    """Read `/proxy2/{node name}/{path}`, or `/proxy2/{proxy}/proxy2/{node name}/{path}` for the node of that proxy.
+
+    A name may be encoded once or twice, as a socket's path may. A proxy's node that is not known here is left to the
+    proxy.
 
     Raises:
-        Refusal: 404, when no node or proxy has the name.
+        Refusal: 404, when no node or proxy has the name; 409, when nodes of several proxies have it.
     """
     (quoted,), path = _split(raw_path, 1)
     name = unquote(quoted)
+    if registry.proxy(name) is None and registry.find(name) is None:
+        name = unquote(name)
+    if path.startswith("/proxy2/") and registry.proxy(name) is not None:
+        (inner,), inner_path = _split(path, 1)
+        node = registry.node(name, unquote(inner)) or registry.node(name, unquote(unquote(inner)))
+        if node is not None:
+            return ProxiedPath(node.reach.address, node.reach.prefix + inner_path)
+        if name == LOCAL_PROXY:
+            raise Refusal(404, f"Node with name '{unquote(inner)}' not found")
     found = registry.find(name)
     if found is None:
         raise Refusal(404, f"Node with name '{name}' not found")
+    if not isinstance(found, Reach):
+        ways = ", ".join(named_path(proxy) + named_path(name) for proxy in found[:MAX_WAYS])
+        raise Refusal(409, f"{len(found)} nodes are named '{name}'; ask for {ways}{', …' * (len(found) > MAX_WAYS)}")
     return ProxiedPath(found.address, found.prefix + path)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 
 import aiohttp
@@ -106,8 +107,17 @@ class Targets:
             await target.session.close()
 
 
-async def forward(request: web.Request, target: Target, path: str) -> web.StreamResponse:
-    """Send the request on to `path` at `target`, and its answer back.
+@dataclass
+class Traffic:
+    """What went through for one request: bytes of bodies, and whether an answer or its reader broke off."""
+
+    sent: int = 0
+    received: int = 0
+    broke_off: bool = False
+
+
+async def forward(request: web.Request, target: Target, path: str, traffic: Traffic) -> web.StreamResponse:
+    """Send the request on to `path` at `target`, and its answer back; `traffic` is counted meanwhile.
 
     No body is held whole. An answer that breaks off breaks the caller's connection off too, so that half an answer
     never looks whole.
@@ -121,7 +131,7 @@ async def forward(request: web.Request, target: Target, path: str) -> web.Stream
                 request.method,
                 target.url(path),
                 headers=request_headers(request.headers),
-                data=_pieces(request) if request.can_read_body else None,
+                data=_pieces(request, traffic) if request.can_read_body else None,
                 allow_redirects=False,
             )
         except asyncio.TimeoutError:
@@ -132,10 +142,10 @@ async def forward(request: web.Request, target: Target, path: str) -> web.Stream
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise Refusal(502, f"Error communicating with target service: {reason(error)}") from None
         async with upstream:
-            return await _send_back(request, upstream)
+            return await _send_back(request, upstream, traffic)
 
 
-async def _send_back(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+async def _send_back(request: web.Request, upstream: aiohttp.ClientResponse, traffic: Traffic) -> web.StreamResponse:
     if not 200 <= upstream.status <= 599:
         raise Refusal(502, f"Error communicating with target service: it answers with the status {upstream.status}")
     headers = response_headers(upstream.headers)
@@ -146,20 +156,23 @@ async def _send_back(request: web.Request, upstream: aiohttp.ClientResponse) -> 
         with _lost_connections_end(upstream):
             await response.prepare(request)
             async for chunk in upstream.content.iter_any():
+                traffic.received += len(chunk)
                 with _cut_off_late_reader(request):
                     await response.write(chunk)
         with _cut_off_late_reader(request):
             await response.write_eof()
     except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as error:
+        traffic.broke_off = True
         logger.info("%s %s broke off: %s", request.method, request.path, error or type(error).__name__)
         if request.transport is not None:
             request.transport.abort()
     return response
 
 
-async def _pieces(request: web.Request) -> AsyncIterator[bytes]:
+async def _pieces(request: web.Request, traffic: Traffic) -> AsyncIterator[bytes]:
     """The request's body as it comes; a caller that stops sending does not hold a connection to the target."""
     while piece := await asyncio.wait_for(request.content.readany(), READ_SECONDS):
+        traffic.sent += len(piece)
         yield piece
 
 

@@ -114,15 +114,10 @@ class HealthBoard:
         Raises:
             KeyError: the registry has no such node.
         """
-        watched = self._watched.get((proxy_name, node_name))
-        if watched is not None:
-            return watched.health
-        for proxy in self._registry.proxies():
-            if proxy.name == proxy_name:
-                for node in proxy.nodes:
-                    if node.name == node_name:
-                        return NodeHealth(node, proxy_name)
-        raise KeyError((proxy_name, node_name))
+        node = self._registry.node(proxy_name, node_name)
+        if node is None:
+            raise KeyError((proxy_name, node_name))
+        return self._health_of(proxy_name, node)
 
     def all(self) -> list[NodeHealth]:
         """Every node's health, in the registry's order."""
@@ -131,7 +126,7 @@ class HealthBoard:
     def by_proxy(self) -> Iterator[tuple[Proxy, list[NodeHealth]]]:
         """The same, proxy by proxy."""
         for proxy in self._registry.proxies():
-            yield proxy, [self._health_of(proxy, node) for node in proxy.nodes]
+            yield proxy, [self._health_of(proxy.name, node) for node in proxy.nodes]
 
     def counts(self) -> dict[State, int]:
         """How many nodes are in each state."""
@@ -149,10 +144,10 @@ class HealthBoard:
                 waiting.cancel()
         return not self._unsettled
 
-    def _health_of(self, proxy: Proxy, node: Node) -> NodeHealth:
-        watched = self._watched.get((proxy.name, node.name))
+    def _health_of(self, proxy_name: str, node: Node) -> NodeHealth:
+        watched = self._watched.get((proxy_name, node.name))
         known = watched is not None and (watched.health.node is node or watched.health.node == node)
-        return watched.health if watched is not None and known else NodeHealth(node, proxy.name)
+        return watched.health if watched is not None and known else NodeHealth(node, proxy_name)
 
     def _look_again(self) -> None:
         try:
