@@ -237,6 +237,8 @@ def security(documents: Sequence[Document]) -> Iterator[str]:
             yield "a volume that is neither configMap nor emptyDir"
         for container in containers_of(workload):
             yield from restricted(container)
+            if "lmcache-frontend" in container["command"] and options_of(container).registry.startswith("sqlite"):
+                yield f"{container['name']}: --registry is a file on a read-only root"
 
 
 def restricted(container: Document) -> Iterator[str]:
@@ -573,6 +575,7 @@ BREAKS: dict[str, tuple[Callable[[list[Document]], object], str]] = {
     "writable root": (lambda d: engine(d)["securityContext"].pop("readOnlyRootFilesystem"), "readOnlyRootFilesystem"),
     "no limit": (lambda d: sidecar(d)["resources"].pop("limits"), "memory"),
     "real image": (lambda d: engine(d).update(image="vllm"), "placeholder"),
+    "registry on a read-only root": (lambda d: sidecar(d)["args"].__setitem__(7, "sqlite"), "read-only root"),
     "unknown option": (lambda d: sidecar(d)["args"].__setitem__(4, "--socket-prefixx"), "frontend: 2"),
     "wrong option": (lambda d: sidecar(d)["args"].__setitem__(5, "run/lmcache"), "starts with /"),
     "unknown variable": (lambda d: engine(d)["env"][1].update(name="LMCACHE_CHUNKSIZE"), "LMCACHE_CHUNKSIZE"),
@@ -783,6 +786,9 @@ def test_the_files_of_etc_fit_together() -> None:
     assert str(settings.internal_api_server_socket_path_prefix).startswith(folder)
     assert read_options(exec_line(service)[0][1:], {}).socket_prefix == folder
     assert settings.internal_api_server_socket_mode == 0o660
+    command, environ = exec_line(service)
+    options = read_options(command[1:], environ)
+    assert options.registry.startswith(f"sqlite:/var/lib/{service['StateDirectory']}/")
     assert INSTANCES == ["all", "controller", "scheduler", "worker0"]
 
 
@@ -842,6 +848,7 @@ def test_the_units_lines_run(tmp_path: Path) -> None:
     service = unit((SYSTEMD / "lmcache-api@.service").read_text())["Service"]
     frontend, environ = exec_line(unit((SYSTEMD / "lmcache-frontend.service").read_text())["Service"])
     environ["LMCACHE_FRONTEND_PORT"] = str(port)
+    environ["LMCACHE_FRONTEND_REGISTRY"] = environ["LMCACHE_FRONTEND_REGISTRY"].replace("/var/lib", str(tmp_path))
     with contextlib.ExitStack() as stack:
         for instance in ("scheduler", "worker0"):
             stack.enter_context(started(here(exec_line(service, instance)[0]), "serves on"))
@@ -851,6 +858,7 @@ def test_the_units_lines_run(tmp_path: Path) -> None:
         for path in sockets:
             assert path.stat().st_mode & 0o777 == 0o660
         assert b"healthy" in ask(port, "/health")
+        assert (tmp_path / "lmcache-ops" / "frontend.db").exists()
         for name in ("lmcache_scheduler", "lmcache_worker0"):
             assert b"lmcache:" in ask(port, f"/proxy2/{name}/metrics")
         assert b'"num_hit_tokens":0' in ask(port, "/proxy2/lmcache_scheduler/cache/lookup?tokens_mock=0,256").replace(

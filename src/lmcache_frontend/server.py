@@ -95,9 +95,8 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
     """
     if not options.no_http:
         async with FrontendServer(options, nodes) as server:
-            registry = server.cluster.registry
             with _hangup_reloads(server.cluster):
-                say(f"frontend serves on http://{server.address} ({sum(1 for _ in registry.nodes())} nodes)")
+                say(f"frontend serves on http://{server.address} ({_nodes(server.cluster)})")
                 await stop.wait()
             say("stopping")
         return
@@ -110,6 +109,12 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
     say("stopping")
     await heartbeat.stop()
     await cluster.stop()
+
+
+def _nodes(cluster: Cluster) -> str:
+    """How many there are at the start, and why these may not be all."""
+    problem = cluster.not_ready()
+    return f"{sum(1 for _ in cluster.registry.nodes())} nodes" + (f"; {problem}" if problem else "")
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def from_node(host: str, port: int | str) -> Address:
     """
     if isinstance(port, str) and "/" in port:
         return unix_address(port)
-    return tcp_address(host, port)
+    return _tcp_address(host, port, "a port from 1 to 65535, or the absolute path of a Unix socket")
 
 
 def from_proxy_segments(host: str, target: str) -> Address:
@@ -137,13 +137,17 @@ def tcp_address(host: str, port: int | str) -> TcpAddress:
     Raises:
         AddressError: the host is no host name or IP address, or the port is no number from 1 to 65535.
     """
+    return _tcp_address(host, port, "a port from 1 to 65535")
+
+
+def _tcp_address(host: str, port: int | str, expected: str) -> TcpAddress:
     bare = without_brackets(host)
     if not _is_host(bare):
         raise AddressError(f"{host[:300]!r}: expected a host name or an IP address")
     text = str(port)
     number = int(text) if _DIGITS.fullmatch(text) else 0
     if not 1 <= number <= 65535:
-        raise AddressError(f"{text[:300]!r}: expected a port from 1 to 65535")
+        raise AddressError(f"{text[:300]!r}: expected {expected}")
     return TcpAddress(bare, number)
 
 

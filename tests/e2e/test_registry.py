@@ -122,6 +122,9 @@ def test_a_store_that_cannot_be_used_refuses_changes_and_nothing_else(tmp_path: 
     port, file = free_port(), tmp_path / "no_folder"
     file.write_text("")
     node = {"name": "n", "host": "10.0.0.1", "port": 7000}
+    line = ["-m", "lmcache_frontend", "--host", "127.0.0.1", "--port", str(port)]
+    with running(*line, "--registry", f"sqlite:{file}/nodes.db") as child:
+        assert "(0 nodes; nodes by hand have not been read yet: " in read_until(child, "serves on")
     with frontend(port, "--registry", f"sqlite:{file}/nodes.db", "--nodes", json.dumps([node])):
         assert nodes(port) == ["n"]
         status, body = ask(port, "POST", "/api/proxies/local_proxy/nodes", {**node, "name": "m"})

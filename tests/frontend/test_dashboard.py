@@ -1,6 +1,9 @@
 import asyncio
 import re
+import time
+from dataclasses import replace
 from datetime import datetime, timezone
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -8,10 +11,13 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend.app import READY, create_app
+from lmcache_frontend.nodes.node import Node, Proxy
+from lmcache_frontend.nodes.stores import StoreAway
 from lmcache_frontend.options import Options
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from lmcache_frontend.telemetry.health import HealthBoard, NodeHealth
 from lmcache_frontend.telemetry.states import Checked, after
+from lmcache_shared.address import TcpAddress
 from tests.frontend.boards import settled
 from tests.frontend.upstream import Upstream, serving
 
@@ -21,6 +27,15 @@ async def page(frontend: RunningFrontend) -> str:
         assert response.status == 200
         assert response.content_type == "text/html"
         return await response.text()
+
+
+async def page_with(frontend: RunningFrontend, text: str) -> str:
+    """The page, once it has this text: it is not made anew at once after it was made."""
+    until = time.monotonic() + 5
+    while text not in (found := await page(frontend)):
+        assert time.monotonic() < until, found
+        await asyncio.sleep(0.02)
+    return found
 
 
 async def test_each_node_with_role_version_and_state(api_server: StartApi, frontend_server: StartFrontend) -> None:
@@ -99,6 +114,64 @@ async def test_what_is_down_comes_first_then_unknown_slow_and_up(
     for expected in ("answers 503", "Too many open files", "answered after 1.5 seconds", "3.2 ms", "since 2020-02-03"):
         assert expected in text
     assert "2 of 4 nodes up" in text, "a slow node answers"
+
+
+async def test_a_failed_check_of_a_node_that_still_counts_as_up_is_told_as_such(frontend_server: StartFrontend) -> None:
+    async with serving(Upstream()) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node])
+        await settled(frontend)
+        (watched,) = frontend.server.cluster.health._watched.values()
+        watched.health = after(watched.health, Checked("Connection refused"), datetime.now(timezone.utc))
+        frontend.server.cluster.health.revision += 1
+        text = await page(frontend)
+    assert re.findall(r"<small>([^<]+)</small>", text) == ["last check failed: Connection refused"]
+    assert "1 up" in text
+
+
+async def test_what_nobody_reports_any_longer_is_told_as_stale(frontend_server: StartFrontend) -> None:
+    frontend = await frontend_server(stale_seconds=3600.0)
+    registry = frontend.server.cluster.registry
+    here = TcpAddress("127.0.0.1", free_port())
+    known = [Node(name, here.host, here.port, here) for name in ("n1", "n2", "n3")]
+    found = Proxy("far", here.host, here.port, here, tuple(known[1:]))
+    registry.publish("dns", [known[0], found], lasting=True)
+    assert "stale" not in await page(frontend)
+    registry.publish("dns", [replace(found, nodes=(known[2],))], lasting=True)
+    text = await page_with(frontend, "2 stale")
+    assert re.findall(r'class="badge stale"[^>]*>([^<]+)<', text) == ["2 stale", "stale", "stale"]
+    registry.publish("dns", [], lasting=True)
+    text = await page_with(frontend, "3 stale")
+    head = re.search(r"<h2>far <code>([^<]+)</code> <span[^>]*>([^<]+)</span></h2>", text)
+    assert head
+    assert head.groups() == (str(here), "stale")
+    assert "no longer reported by dns" in text
+
+
+async def test_a_proxy_that_is_away_and_one_without_nodes_are_told(frontend_server: StartFrontend) -> None:
+    empty = await frontend_server()
+    away = {"name": "away", "host": "127.0.0.1", "port": free_port(), "nodes": []}
+    there = {"name": "there", "host": "127.0.0.1", "port": empty.server.address.port, "nodes": []}
+    frontend = await frontend_server(nodes=[away, there])
+    assert "No nodes yet" not in await page(frontend)
+    text = await page_with(frontend, "It does not tell of its nodes: ")
+    assert f"away <code>127.0.0.1:{away['port']}</code>" in text
+    assert "1 proxy with a problem" in text
+    assert "It has told of no nodes." in text
+
+
+async def test_a_source_that_cannot_be_read_is_a_notice(frontend_server: StartFrontend, tmp_path: Path) -> None:
+    file = tmp_path / "nodes.json"
+    file.write_text('[{"name": "a", "host": "h", "port": 0}, {"name": "<b>"}]')
+    frontend = await frontend_server(config=str(file))
+    text = await page(frontend)
+    assert f"<strong>file</strong> <code>{file}</code>: {file}: [0]:" in text
+    assert ", and 1 more" in text
+    assert '<a href="/api/sources">' in text
+    frontend.server.cluster.by_hand.note(StoreAway("the disk is full"))
+    await page_with(frontend, "the disk is full")
+    file.write_text("7")
+    frontend.server.cluster.sources.reload()
+    await page_with(frontend, "expected a JSON list")
 
 
 async def test_a_page_of_thousands_of_nodes_lets_others_have_their_turn(

@@ -17,6 +17,7 @@ import uvloop
 from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend.nodes.node import Node, Proxy, Reach
 from lmcache_frontend.nodes.registry import Registry
+from lmcache_frontend.pytest_plugin import StartFrontend
 from lmcache_frontend.telemetry import changes, client, health, names, states
 from lmcache_frontend.telemetry.client import NoAnswer, ask, request_bytes
 from lmcache_frontend.telemetry.health import HealthBoard, NodeHealth, pause, version_of
@@ -414,19 +415,75 @@ async def test_nodes_of_every_kind(api_server: StartApi, monkeypatch: pytest.Mon
             board.of("p", "nobody")
 
 
-async def test_a_403_of_another_frontend_is_no_answer_of_the_node() -> None:
-    async with serving(Upstream(b"HTTP/1.1 403 X\r\nContent-Length: 0\r\n\r\n")) as upstream:
-        behind = Node(
-            "behind",
-            "x",
-            "/s",
-            UnixAddress("/s"),
-            via=Reach(TcpAddress("127.0.0.1", upstream.port), "/proxy/localhost/%252Fs"),
-        )
-        async with board_of(behind, node(upstream.port, "itself")) as board:
+SANDBOX = b"Content-Security-Policy: sandbox\r\n"
+GONE = b'{"detail":"Node with name \'worker0\' not found"}'
+LATE = b'{"detail":"Connection to socket /s timed out"}'
+
+
+def refusing(status: int, body: bytes = b"", headers: bytes = b"") -> bytes:
+    return b"HTTP/1.1 %d X\r\n%sContent-Length: %d\r\n\r\n%s" % (status, headers, len(body), body)
+
+
+@pytest.mark.parametrize(
+    ("answer", "through", "problem"),
+    [
+        (refusing(403), (), "p answers 403: it does not let the node be reached"),
+        (refusing(404, GONE), (), "p no longer has it"),
+        (refusing(404, GONE), ("far",), "p no longer has it"),
+        (refusing(404, GONE, SANDBOX), ("far", "further"), "a frontend behind p no longer has it"),
+        (refusing(409, b'{"detail":"2 nodes are named \'w\'; ask for /x"}'), (), "p has several nodes of its name"),
+        (refusing(404), ("far",), "p answers 404"),
+        (refusing(504, LATE), (), "p answers 504: Connection to socket /s timed out"),
+        (refusing(500, b'{"detail":"a\\u001b\\ud800%s"}' % (b"x" * 999)), (), f"p answers 500: a??{'x' * 147}…"),
+        (refusing(503, b"", SANDBOX), ("far",), "answers 503"),
+        (refusing(404), (), None),
+        (refusing(404, b"[" * 60_000), (), None),
+        (refusing(404, b'{"detail":"Not Found"}', SANDBOX), ("far",), None),
+        (refusing(409, b"", SANDBOX), ("far",), None),
+    ],
+)
+async def test_what_a_frontend_on_the_way_says_is_no_answer_of_the_node(
+    answer: bytes, through: tuple[str, ...], problem: str | None
+) -> None:
+    async with serving(Upstream(answer)) as upstream:
+        way = Reach(TcpAddress("127.0.0.1", upstream.port), "/proxy2/worker0")
+        behind = Node("behind", "x", "/s", UnixAddress("/s"), path="/proxy2/worker0", through=through, via=way)
+        async with board_of(behind) as board:
             assert await board.settled(5)
-            assert [entry.state for entry in board.all()] == ["down", "up"]
-        assert upstream.heads[0].startswith(b"GET /proxy/localhost/%252Fs/version HTTP/1.1\r\n")
+            (found,) = board.all()
+            assert (found.state, found.problem) == ("down" if problem else "up", problem)
+        assert upstream.heads[0].startswith(b"GET /proxy2/worker0/version HTTP/1.1\r\n")
+
+
+async def test_what_a_node_itself_says_of_a_frontend_counts_as_its_answer() -> None:
+    async with serving(Upstream(refusing(404, GONE))) as upstream, board_of(node(upstream.port)) as board:
+        assert await board.settled(5)
+        assert [entry.state for entry in board.all()] == ["up"]
+
+
+async def test_a_node_that_its_proxy_no_longer_has_is_down_and_says_who_has_lost_it(
+    api_server: StartApi, frontend_server: StartFrontend
+) -> None:
+    worker = await api_server(role="worker")
+    far = await frontend_server(nodes=[worker.node])
+    middle = await frontend_server(nodes=[proxy_at("far", far.server.address.port)])
+    near = await frontend_server(nodes=[proxy_at("middle", middle.server.address.port)], health_interval=1.0)
+    for frontend, name in ((middle, "far"), (near, "middle")):
+        async with frontend.client.get(f"/api/proxies/{name}/refresh") as response:
+            assert response.status == 200
+    board = near.server.cluster.health
+    assert await board.settled(5)
+    await until(lambda: [entry.state for entry in board.all()] == ["up"])
+    far.server.cluster.registry.publish("nodes", [])
+    await until(lambda: [entry.state for entry in board.all()] == ["down"])
+    assert board.all()[0].problem == "a frontend behind middle no longer has it"
+    address = middle.server.address
+    await middle.server.stop()
+    await until(lambda: board.all()[0].problem == f"middle ({address}): Connection refused")
+
+
+def proxy_at(name: str, port: int) -> dict[str, object]:
+    return {"name": name, "host": "127.0.0.1", "port": port, "nodes": []}
 
 
 async def test_down_after_two_failures_and_up_after_one_success(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ import asyncio
 import gzip
 import hashlib
 import io
+import logging
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -404,6 +405,16 @@ async def test_clients_of_unregistered_targets_are_bounded(
                 assert response.status == 502
         assert len(targets._targets) == 4
         assert not kept.session.closed
+
+
+async def test_a_dead_target_that_is_scraped_fills_no_log(
+    frontend_server: StartFrontend, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lmcache_frontend.proxy")
+    frontend = await frontend_server(nodes=[{"name": "gone", "host": "127.0.0.1", "port": free_port()}])
+    async with frontend.client.get("/proxy2/gone/metrics") as response:
+        assert response.status == 502
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize(

@@ -151,12 +151,12 @@ async def test_a_supplier_that_is_away_changes_nothing(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supplier_module, "FIRST_PAUSE_SECONDS", 0.02)
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.INFO, "lmcache_frontend.nodes.sources")
     async with supplying() as supplier:
         supplier.tell("127.0.0.1:1")
         known = registry()
-        source = SupplierSource(supplier.url + "?token=hidden", 0.05, known)
-        assert source.place == supplier.url
+        source = SupplierSource(supplier.url + "?token=hidden&minute=2&ghp_hiddenhiddenhidden=x&hidden", 0.05, known)
+        assert source.place == supplier.url + "?token=***&minute=2&***&***"
         async with running(source):
             await until(lambda: heads(known) == ["proxy_127.0.0.1_1"])
             assert source.problems == []
@@ -181,7 +181,8 @@ async def test_a_supplier_that_is_away_changes_nothing(
             await until(lambda: source.problems == [])
     told = [record.getMessage() for record in caplog.records]
     assert sum("503" in line for line in told) == 1
-    assert told[-1] == f"nodes of supplier ({supplier.url}): all can be used again"
+    assert told[-1] == f"nodes of supplier ({source.place}): all can be used again"
+    assert caplog.records[-1].levelno == logging.INFO, "nobody is woken up because all is well"
     assert "hidden" not in caplog.text
 
 
@@ -306,7 +307,7 @@ async def test_the_targets_of_srv_records(quick: None) -> None:
 
 @pytest.mark.parametrize("how", ["SERVFAIL", "REFUSED", "silent"])
 async def test_no_answer_changes_nothing(how: str, quick: None, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.INFO, "lmcache_frontend.nodes.sources")
     zone = {"lmcache. A": ["127.0.0.1"], "_a._tcp.b. SRV": ["0 0 1 c."], "c. A": ["127.0.0.2"]}
     async with dns_server(zone=zone, ttl=0) as server:
         known = registry()

@@ -137,7 +137,7 @@ async def forward(request: web.Request, target: Target, path: str, traffic: Traf
         except asyncio.TimeoutError:
             raise Refusal(504, _timed_out(target.address)) from None
         except aiohttp.ClientConnectorError as error:
-            logger.info("cannot connect to %s: %s", target.address, error)
+            logger.debug("cannot connect to %s: %s", target.address, error)  # a scraper asks a dead target without end
             raise Refusal(502, _not_reached(target.address)) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise Refusal(502, f"Error communicating with target service: {reason(error)}") from None

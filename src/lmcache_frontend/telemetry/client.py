@@ -50,11 +50,15 @@ class NoAnswer(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """`body` is `None` when it is longer than what is read of one; `milliseconds` from connecting to the last byte."""
+    """`body` is `None` when it is longer than what is read of one; `milliseconds` from connecting to the last byte.
+
+    `sandboxed`: it carries `Content-Security-Policy: sandbox`, as frontends of ours send what they have from a target.
+    """
 
     status: int
     body: bytes | None
     milliseconds: float
+    sandboxed: bool = False
 
 
 def request_bytes(address: Address, path: str) -> bytes:
@@ -96,7 +100,7 @@ async def ask(address: Address, request: bytes, names: Names) -> Answer:
             what = "no whole answer" if reader.received else "no answer"
             raise NoAnswer(f"{what} within {ANSWER_SECONDS:g} seconds")
         status, body = reader.answer.result()
-        return Answer(status, body, (time.perf_counter() - begun) * 1000)
+        return Answer(status, body, (time.perf_counter() - begun) * 1000, reader.sandboxed)
     finally:
         connecting.cancel()
         if connecting.done() and not connecting.cancelled():
@@ -141,6 +145,7 @@ class _Reader(asyncio.Protocol):
     def __init__(self) -> None:
         self.answer: asyncio.Future[tuple[int, bytes | None]] = asyncio.get_running_loop().create_future()
         self.received = 0
+        self.sandboxed = False
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._ended = False
@@ -196,6 +201,8 @@ class _Reader(asyncio.Protocol):
         field = name.lower()
         if field == b"content-length" or (field == b"transfer-encoding" and value.lower().endswith(b"chunked")):
             self._sized = True
+        elif field == b"content-security-policy" and value.strip().lower() == b"sandbox":
+            self.sandboxed = True
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code() if self._parser is not None else 0

@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 
 from lmcache_frontend.nodes.node import Node, Proxy
 from lmcache_frontend.nodes.registry import Registry
+from lmcache_frontend.telemetry.behind import from_the_way, not_reached
 from lmcache_frontend.telemetry.changes import ChangeLog
 from lmcache_frontend.telemetry.client import Answer, NoAnswer, ask, request_bytes
 from lmcache_frontend.telemetry.names import Names, NotAsked
@@ -234,11 +235,11 @@ class HealthBoard:
         version = watched.health.version
         try:
             answer = await ask(watched.reach.address, watched.request, self._names)
-            found = _outcome(answer, behind_a_frontend=bool(watched.reach.prefix))
+            found = _outcome(answer, watched.health)
         except NoAnswer as error:
-            found = Checked(str(error))
+            found = Checked(from_the_way(str(error), watched.health.node, watched.health.proxy))
         except NotAsked as error:
-            found = Checked(str(error), asked=False)
+            found = Checked(from_the_way(str(error), watched.health.node, watched.health.proxy), asked=False)
         except Exception as error:
             logger.debug("a check failed", exc_info=True)
             found = Checked(f"could not be asked: {type(error).__name__}", asked=False)
@@ -325,10 +326,11 @@ def pause(interval: float, health: NodeHealth, phase: float | None = None) -> fl
     return seconds * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - spreads, keeps no secret
 
 
-def _outcome(answer: Answer, *, behind_a_frontend: bool) -> Checked:
-    """An answer below 500 is a node that is up; a 403 of another frontend is its own, the node was not reached."""
-    if answer.status >= 500 or (answer.status == 403 and behind_a_frontend):
-        return Checked(f"answers {answer.status}")
+def _outcome(answer: Answer, health: NodeHealth) -> Checked:
+    """An answer below 500 is a node that is up, unless a frontend on the way has given it."""
+    problem = not_reached(answer, health.node, health.proxy)
+    if problem is not None or answer.status >= 500:
+        return Checked(problem or f"answers {answer.status}")
     version = version_of(answer.body) if answer.status == 200 and answer.body is not None else None
     return Checked(milliseconds=answer.milliseconds, version=version)
 

@@ -89,7 +89,7 @@ class Told:
             if len(problems) > MAX_TOLD:
                 logger.warning("%s: and %d problems more", self._where, len(problems) - MAX_TOLD)
             if not problems:
-                logger.warning("%s: all can be used again", self._where)
+                logger.info("%s: all can be used again", self._where)
         self._problems = list(problems)
 
 

@@ -18,6 +18,7 @@ from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.sources import Told
 from lmcache_shared.address import is_loopback_host
 from lmcache_shared.errors import AddressError
+from lmcache_shared.secrets import MASK, is_secret
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ ASK_SECONDS = 10.0
 
 MAX_ANSWER_BYTES = 8 << 20
 MAX_PROBLEMS = 20
+SHOWN_PARAMETERS = frozenset({"hour", "minute"})
+"""Of the query, as a discovery service has them: how long ago who is told of was heard of last."""
+
 MAX_PROBLEM_LENGTH = 300
 
 FIRST_PAUSE_SECONDS = 1.0
@@ -59,7 +63,7 @@ class SupplierSource:
 
     def __init__(self, url: str, interval: float, registry: Registry) -> None:
         self._url = URL(url)
-        self.place = str(self._url.with_user(None).with_query(None).with_fragment(None))
+        self.place = _shown(self._url)
         self.problems: Sequence[str] = ["it has not answered yet"]
         self._interval = interval
         self._registry = registry
@@ -110,6 +114,16 @@ class SupplierSource:
                 if len(body) > MAX_ANSWER_BYTES:
                     raise Refused(f"it answers more than {MAX_ANSWER_BYTES} bytes")
             return bytes(body)
+
+
+def _shown(url: URL) -> str:
+    """The URL for people: of its query the parameters, and only the values that are known to hold no secret."""
+    shown = str(url.with_user(None).with_query(None).with_fragment(None))
+    pairs = [
+        f"{name}={value if name in SHOWN_PARAMETERS else MASK}" if value and not is_secret("", name) else MASK
+        for name, value in url.query.items()
+    ]
+    return f"{shown}?{'&'.join(pairs)}" if pairs else shown
 
 
 def pause(interval: float, failures: int) -> float:
