@@ -206,7 +206,7 @@ async def test_a_bad_node_costs_its_own_samples_alone(
         assert 'node="bad"' not in re.sub("^lmcache_frontend_.*", "", text, flags=re.MULTILINE)
         lines = [record.getMessage() for record in caplog.records]
         assert len(lines) == 1, lines
-        assert lines[0].startswith(f"no metrics of bad (127.0.0.1:{broken.port}): ")
+        assert lines[0].startswith(f"no metrics of bad of local_proxy (127.0.0.1:{broken.port}): ")
         assert problem in lines[0]
         await scraped(frontend)
         assert len(caplog.records) == 1, "a reason is told once"
@@ -224,7 +224,7 @@ async def test_a_reason_is_told_when_it_comes_changes_and_goes(
         upstream.answer = answer(GOOD)
         await scraped(frontend)
         messages = [record.getMessage() for record in caplog.records]
-    told = [message for message in messages if re.match(r"(no metrics of )?n \(", message)]
+    told = [message for message in messages if re.match(r"(no metrics of )?n of local_proxy \(", message)]
     assert [line.rpartition(" ")[2] for line in told] == ["500", "404", "again"]
     assert sum("down" in record.getMessage() for record in caplog.records) == 1
 

@@ -269,12 +269,13 @@ class Scraper:
         for outcome in outcomes:
             key = (outcome.leaf.proxy, outcome.leaf.node.name)
             before = self._problems.pop(key, None)
+            where = f"{key[1]} of {key[0]} ({outcome.leaf.node.address})"
             if outcome.problem is not None:
                 self._problems[key] = outcome.problem
                 if outcome.problem != before:
-                    told.append(f"no metrics of {key[1]} ({outcome.leaf.node.address}): {outcome.problem}")
+                    told.append(f"no metrics of {where}: {outcome.problem}")
             elif before is not None:
-                told.append(f"{key[1]} ({outcome.leaf.node.address}) has metrics again")
+                told.append(f"{where} has metrics again")
         for line in told[:MAX_LINES]:
             logger.warning("%s", line)
         if len(told) > MAX_LINES:
