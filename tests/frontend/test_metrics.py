@@ -210,6 +210,11 @@ async def test_a_bad_node_costs_its_own_samples_alone(
         assert problem in lines[0]
         await scraped(frontend)
         assert len(caplog.records) == 1, "a reason is told once"
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            if not frontend.server._runner.app[SCRAPER]._held:
+                break
+        assert frontend.server._runner.app[SCRAPER]._room._free == scrape.MAX_BYTES
 
 
 async def test_a_reason_is_told_when_it_comes_changes_and_goes(
@@ -368,6 +373,17 @@ async def test_a_slow_reader_keeps_its_own_round_and_nobody_gets_it_later(fronte
             if not scraper._held:
                 break
         assert scraper._room._free == scrape.MAX_BYTES
+
+
+async def test_how_a_node_is_asked(frontend_server: StartFrontend) -> None:
+    async with serving(Upstream(answer(GOOD))) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node])
+        await scraped(frontend)
+        (head,) = upstream.heads
+    line, *fields = head.decode().strip().split("\r\n")
+    assert line == "GET /metrics HTTP/1.1"
+    assert set(fields) >= {"Accept-Encoding: identity", "Connection: close", f"Host: 127.0.0.1:{upstream.port}"}
+    assert "Accept: text/plain;version=0.0.4;q=1,*/*;q=0.1" in fields
 
 
 async def test_one_who_leaves_does_not_take_the_round_along(frontend_server: StartFrontend) -> None:

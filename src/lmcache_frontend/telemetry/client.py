@@ -1,4 +1,4 @@
-"""One question to a node: a connection, one GET, its answer, the end. For checks, which are many and small.
+"""One question to a node: a connection, one GET, its answer, the end. For checks and scrapes, which are many.
 
 aiohttp's client costs several times as much for a connection that is used once (`benchmarks/health.py`), and LMCache's
 servers close an idle connection before the next check comes. Whatever a node does, a question ends within its times and
@@ -11,7 +11,7 @@ import asyncio
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,13 +24,15 @@ from lmcache_shared.version import VERSION
 
 CONNECT_SECONDS = 2.0
 ANSWER_SECONDS = 2.0
-"""From the connection to the answer's last byte."""
+"""From the connection to the answer's last byte, unless more is asked for."""
 
 MAX_HEAD_BYTES = 16 << 10
 """Of an answer's head, with every 1xx before it."""
 
 MAX_ANSWER_BYTES = 64 << 10
-"""Of the whole answer; what is longer has a status and no body."""
+"""Of an answer behind its head, unless more is asked for; what is longer has a status and no body."""
+
+ACCEPT = "application/json, text/plain"
 
 HELD_UP_SECONDS = 0.1
 """A wait that ends so much too late met a busy moment of this process: what has come meanwhile counts."""
@@ -50,7 +52,8 @@ class NoAnswer(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """`body` is `None` when it is longer than what is read of one; `milliseconds` from connecting to the last byte.
+    """`body` is `None` when it is longer than what is read of one, `is_sized` says whether it had an end other than the
+    connection's; `milliseconds` from connecting to the last byte.
 
     `sandboxed`: it carries `Content-Security-Policy: sandbox`, as frontends of ours send what they have from a target.
     """
@@ -59,21 +62,35 @@ class Answer:
     body: bytes | None
     milliseconds: float
     sandboxed: bool = False
+    encoding: str = ""
+    is_sized: bool = True
 
 
-def request_bytes(address: Address, path: str) -> bytes:
+def request_bytes(address: Address, path: str, *, accept: str = ACCEPT) -> bytes:
     """The whole request for `path`, which is quoted as it is to be sent."""
     host = "localhost"
     if isinstance(address, TcpAddress):  # an IPv6 scope is for this machine alone (RFC 6874)
         host = str(TcpAddress(address.host.partition("%")[0], address.port))
     return (
         f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: lmcache-frontend/{VERSION}\r\n"
-        "Accept: application/json, text/plain\r\nConnection: close\r\n\r\n"
+        f"Accept: {accept}\r\nAccept-Encoding: identity\r\nConnection: close\r\n\r\n"
     ).encode("ascii")
 
 
-async def ask(address: Address, request: bytes, names: Names) -> Answer:
+async def ask(
+    address: Address,
+    request: bytes,
+    names: Names,
+    *,
+    seconds: float | None = None,
+    most: int = MAX_ANSWER_BYTES,
+    take: Callable[[int], None] | None = None,
+) -> Answer:
     """Send the request and read its answer.
+
+    Args:
+        seconds, most: instead of `ANSWER_SECONDS` and `MAX_ANSWER_BYTES`.
+        take: told of each piece's length before it is kept; its `NoAnswer` ends the question.
 
     Raises:
         NoAnswer: the node cannot be reached, is too slow, or answers no HTTP.
@@ -83,8 +100,9 @@ async def ask(address: Address, request: bytes, names: Names) -> Answer:
         found = await names.addresses(address) if isinstance(address, TcpAddress) else []
     except OSError as error:
         raise NoAnswer(error.strerror or str(error)) from None
+    seconds = ANSWER_SECONDS if seconds is None else seconds
     begun = time.perf_counter()
-    reader = _Reader()
+    reader = _Reader(most, take)
     connecting = asyncio.ensure_future(_connect(address, found, reader))
     try:
         if not await _done_within(connecting, CONNECT_SECONDS):
@@ -96,11 +114,12 @@ async def ask(address: Address, request: bytes, names: Names) -> Answer:
                 names.forget(address.host)  # it may have moved
             raise _cannot_connect(error) from None
         reader.send(request)
-        if not await _done_within(reader.answer, ANSWER_SECONDS):
+        if not await _done_within(reader.answer, seconds):
             what = "no whole answer" if reader.received else "no answer"
-            raise NoAnswer(f"{what} within {ANSWER_SECONDS:g} seconds")
+            raise NoAnswer(f"{what} within {seconds:g} seconds")
         status, body = reader.answer.result()
-        return Answer(status, body, (time.perf_counter() - begun) * 1000, reader.sandboxed)
+        milliseconds = (time.perf_counter() - begun) * 1000
+        return Answer(status, body, milliseconds, reader.sandboxed, reader.encoding, reader.is_sized)
     finally:
         connecting.cancel()
         if connecting.done() and not connecting.cancelled():
@@ -142,17 +161,20 @@ def _cannot_connect(error: OSError) -> Exception:
 class _Reader(asyncio.Protocol):
     """Reads one answer; `answer` gets its status and body, or why there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int, take: Callable[[int], None] | None) -> None:
         self.answer: asyncio.Future[tuple[int, bytes | None]] = asyncio.get_running_loop().create_future()
         self.received = 0
         self.sandboxed = False
+        self.encoding = ""
+        self.is_sized = False
+        """Whether the head says where the body ends; else the connection's end does."""
+        self._most = most
+        self._take = take
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
         self._ended = False
         self._status = 0
         """Of the answer, once its head is whole."""
-        self._sized = False
-        """Whether the head says where the body ends; else the connection's end does."""
         self._pieces: list[bytes] = []
 
     def send(self, request: bytes) -> None:
@@ -183,26 +205,29 @@ class _Reader(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._fail(_NO_HTTP)  # unless the answer was whole before
         if self._status:
-            if self.received > MAX_HEAD_BYTES + MAX_ANSWER_BYTES:
+            if self.received > MAX_HEAD_BYTES + self._most:
                 self._finish(None)
         elif self.received > MAX_HEAD_BYTES:
             self._fail(f"answers with a head of more than {MAX_HEAD_BYTES >> 10} KiB")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._status and not self._sized and exc is None:
+        if self._status and not self.is_sized and exc is None:
             self._finish(b"".join(self._pieces))
         else:
             self._fail("breaks off in the middle of its answer" if self.received else "hangs up without an answer")
 
     def on_message_begin(self) -> None:
-        self._sized = False
+        self.is_sized = False
+        self.encoding = ""
 
     def on_header(self, name: bytes, value: bytes) -> None:
         field = name.lower()
         if field == b"content-length" or (field == b"transfer-encoding" and value.lower().endswith(b"chunked")):
-            self._sized = True
+            self.is_sized = True
         elif field == b"content-security-policy" and value.strip().lower() == b"sandbox":
             self.sandboxed = True
+        elif field == b"content-encoding":
+            self.encoding = value.decode("ascii", "replace").strip().lower()
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code() if self._parser is not None else 0
@@ -212,7 +237,15 @@ class _Reader(asyncio.Protocol):
             self._status = status
 
     def on_body(self, body: bytes) -> None:
-        self._pieces.append(body)
+        if self.answer.done():
+            return
+        try:
+            if self._take is not None:
+                self._take(len(body))
+        except NoAnswer as refused:
+            self.answer.set_exception(refused)
+        else:
+            self._pieces.append(body)
 
     def on_message_complete(self) -> None:
         if self._status:  # not a 1xx
@@ -220,7 +253,7 @@ class _Reader(asyncio.Protocol):
 
     def _finish(self, body: bytes | None) -> None:
         if not self.answer.done():
-            whole = body is not None and len(body) <= MAX_ANSWER_BYTES
+            whole = body is not None and len(body) <= self._most
             self.answer.set_result((self._status, body if whole else None))
 
     def _fail(self, problem: str) -> None:

@@ -18,12 +18,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
 
-import aiohttp
-
 from lmcache_frontend.nodes.node import Node, Proxy
-from lmcache_frontend.proxy.transport import Target, reason
+from lmcache_frontend.telemetry.client import Answer, NoAnswer, ask, request_bytes
 from lmcache_frontend.telemetry.exposition import ExpositionError, Merge, parse_match
-from lmcache_shared.address import Address
+from lmcache_frontend.telemetry.names import Names, NotAsked
 from lmcache_shared.blocking import BlockingPool
 from lmcache_shared.errors import Refusal
 
@@ -78,12 +76,8 @@ _END = b"# EOF\n"
 MAX_LINES = 20
 """What the log gets of one round."""
 
-_ASK = {
-    # Compressing costs the node's interpreter, which has inference to serve, more than the network costs.
-    "Accept-Encoding": "identity",
-    "Accept": "text/plain;version=0.0.4;q=1,*/*;q=0.1",
-    "User-Agent": "lmcache-frontend",
-}
+_ACCEPT = "text/plain;version=0.0.4;q=1,*/*;q=0.1"
+_TOO_LARGE = f"/metrics is larger than {MAX_NODE_BYTES} bytes"
 
 
 @dataclass(frozen=True)
@@ -155,7 +149,7 @@ looked at in the event loop, and written in a thread.
 """
 
 
-class ScrapeError(Exception):
+class ScrapeError(NoAnswer):
     """A node's metrics cannot be had; the text says why."""
 
 
@@ -189,6 +183,7 @@ class Scraper:
         self._held: set[_Round] = set()
         """Those that are in memory, be it for a reader that is slow."""
         self._pool = BlockingPool("metrics", threads=2, waiting=64)
+        self._names = Names()
         self._problems: dict[tuple[str, str], str] = {}
         """Why a node's last scrape failed, by proxy and name."""
 
@@ -234,12 +229,13 @@ class Scraper:
     async def close(self) -> None:
         for shared in list(self._held):
             await shared.close()
+        await self._names.close()
         self._pool.close()
 
     async def _scrape(self, wanted: Wanted, shared: _Round) -> Result:
         matchers = [parse_match(match) for match in wanted.matches]
         merge = Merge(matchers=matchers or None)
-        run = _Run(merge, self._pool, shared, wanted.seconds)
+        run = _Run(merge, self._pool, self._names, shared, wanted.seconds)
         # Those that failed last time come last: they wait for others, and others not for them.
         places = range(len(wanted.leaves))
         line = sorted(places, key=lambda i: (wanted.leaves[i].proxy, wanted.leaves[i].node.name) in self._problems)
@@ -335,7 +331,7 @@ class _Round:
 class _Run:
     """One round while it runs."""
 
-    def __init__(self, merge: Merge, pool: BlockingPool, shared: _Round, seconds: float) -> None:
+    def __init__(self, merge: Merge, pool: BlockingPool, names: Names, shared: _Round, seconds: float) -> None:
         self._merge = merge
         self._pool = pool
         self._shared = shared
@@ -345,7 +341,7 @@ class _Run:
         self._outcomes: dict[int, Outcome] = {}
         self._workers: set[asyncio.Task[None]] = set()
         self._merging = asyncio.Lock()
-        self._targets: dict[Address, Target] = {}
+        self._names = names
 
     async def scrape_all(self, leaves: Sequence[Leaf]) -> list[Outcome]:
         """Their outcomes, in their order."""
@@ -379,11 +375,11 @@ class _Run:
         body = b""
         try:
             with turn:
-                body = await asyncio.wait_for(self._fetch(leaf.node), seconds)
+                body = await asyncio.wait_for(self._fetch(leaf.node, seconds + 1), seconds)
             return Outcome(leaf, turn.seconds, len(body), await self.merge_in(leaf.labels, body))
         except asyncio.TimeoutError:
             return Outcome(leaf, turn.seconds, problem=f"no answer within {self._seconds:g} seconds")
-        except (ScrapeError, ExpositionError, aiohttp.ClientError, OSError, ValueError, Refusal) as error:
+        except (NoAnswer, NotAsked, ExpositionError, Refusal) as error:
             self._shared.give_back(len(body))
             return Outcome(leaf, turn.seconds, len(body), problem=_problem(error))
 
@@ -397,41 +393,41 @@ class _Run:
             await asyncio.sleep(0)
             return samples
 
-    async def _fetch(self, node: Node) -> bytes:
+    async def _fetch(self, node: Node, seconds: float) -> bytes:
         """Raises:
-        ScrapeError, aiohttp.ClientError, OSError, ValueError: there is nothing to be had.
+        ScrapeError, NoAnswer, NotAsked: there is nothing to be had.
         """
-        address = node.reach.address
-        target = self._targets.get(address)
-        if target is None:
-            target = self._targets[address] = Target(address)
-        body = bytearray()
+        reach = node.reach
+        request = request_bytes(reach.address, f"{reach.prefix}/metrics", accept=_ACCEPT)
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            self._shared.take(size)
+            taken += size
+
         try:
-            path = f"{node.reach.prefix}/metrics"
-            async with target.session.get(target.url(path), headers=_ASK, allow_redirects=False) as response:
-                if response.status != 200:
-                    raise ScrapeError(f"/metrics answers {response.status}")
-                async for piece in _plain_pieces(response):
-                    if len(body) + len(piece) > MAX_NODE_BYTES:
-                        raise ScrapeError(f"/metrics is larger than {MAX_NODE_BYTES} bytes")
-                    self._shared.take(len(piece))
-                    body += piece
-                if _is_whole(response) and not body.endswith(b"\n"):
-                    body += b"\n"  # Prometheus' lexer adds it too
+            answer = await ask(reach.address, request, self._names, seconds=seconds, most=MAX_NODE_BYTES, take=take)
+            if answer.status != 200:
+                raise ScrapeError(f"/metrics answers {answer.status}")
+            if answer.body is None:
+                raise ScrapeError(_TOO_LARGE)
+            body = answer.body if answer.encoding in ("", "identity") else await _inflated(answer, take)
             if OURS in body and _SENDS_OURS.search(body):
                 raise ScrapeError(f"has {OURS.decode()}* metrics, so it is a frontend; make it a proxy with its nodes")
+            if (answer.is_sized or answer.encoding == "gzip") and not body.endswith(b"\n"):
+                body += b"\n"  # it is whole, and Prometheus' lexer adds it too
         except BaseException:
-            self._shared.give_back(len(body))
+            self._shared.give_back(taken)
             raise
-        return bytes(body)
+        self._shared.give_back(taken - len(body))
+        return body
 
     async def close(self) -> None:
         self._until = 0.0  # up to Python 3.11 `wait_for` can forget that its caller was cancelled: no further node
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
-        for target in self._targets.values():
-            await target.session.close()
 
 
 class _Turn:
@@ -459,49 +455,31 @@ class _Turn:
         self._tell()
 
 
-def _is_whole(response: aiohttp.ClientResponse) -> bool:
-    """Whether an answer that was read without an error had an end of its own, and not just that of the connection."""
-    fields = response.headers
-    is_chunked = fields.get("Transfer-Encoding", "").lower().endswith("chunked")
-    return is_chunked or "Content-Length" in fields or _encoding(response) == "gzip"
-
-
-def _encoding(response: aiohttp.ClientResponse) -> str:
-    return response.headers.get("Content-Encoding", "identity").strip().lower()
-
-
-async def _plain_pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The body, inflated where the node compresses it unasked; no piece is larger than `PIECE_BYTES` by that."""
-    encoding = _encoding(response)
-    if encoding == "identity":
-        async for piece in response.content.iter_any():
-            yield piece
-        return
-    if encoding != "gzip":
-        raise ScrapeError(f"/metrics comes in the encoding {encoding[:40]!r}, which was not asked for")
+async def _inflated(answer: Answer, take: Callable[[int], None]) -> bytes:
+    """The body, which the node compresses unasked; no piece of it is larger than `PIECE_BYTES`."""
+    if answer.encoding != "gzip":
+        raise ScrapeError(f"/metrics comes in the encoding {answer.encoding[:40]!r}, which was not asked for")
     inflating = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    async for piece in response.content.iter_any():
-        rest = piece
-        while rest:
-            try:
-                yield inflating.decompress(rest, PIECE_BYTES)
-            except zlib.error as error:
-                raise ScrapeError(f"/metrics is no gzip: {error}") from None
-            rest = inflating.unconsumed_tail
-            await asyncio.sleep(0)
-        if inflating.unused_data:
-            raise ScrapeError("/metrics goes on behind the end of its gzip")
-    yield inflating.flush()  # no input is left but a few bits: at most some kilobytes
+    rest, body = answer.body or b"", bytearray()
+    while rest and not inflating.eof:
+        try:
+            piece = inflating.decompress(rest, PIECE_BYTES)
+        except zlib.error as error:
+            raise ScrapeError(f"/metrics is no gzip: {error}") from None
+        if len(body) + len(piece) > MAX_NODE_BYTES:
+            raise ScrapeError(_TOO_LARGE)
+        take(len(piece))
+        body += piece
+        rest = inflating.unconsumed_tail
+        await asyncio.sleep(0)
+    body += inflating.flush()  # no input is left but a few bits: at most some kilobytes
+    if inflating.unused_data:
+        raise ScrapeError("/metrics goes on behind the end of its gzip")
     if not inflating.eof:
         raise ScrapeError("/metrics breaks off in its gzip")
+    return bytes(body)
 
 
 def _problem(error: Exception) -> str:
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return f"cannot connect: {error.os_error.strerror or error.os_error}"
-    if isinstance(error, aiohttp.ClientResponseError):
-        return "answers something that is no HTTP"
-    if isinstance(error, Refusal):
-        return str(error.detail)
-    text = reason(error)
+    text = str(error.detail) if isinstance(error, Refusal) else str(error)
     return text.encode("utf-8", "replace").decode()
