@@ -1,6 +1,8 @@
 """The docs cannot drift: settings, options, routes, links and code are held against the programs."""
 
 import ast
+import asyncio
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from lmcache_api.embedded import EmbeddedComponent
 from lmcache_frontend.app import create_app as create_frontend
 from lmcache_frontend.cluster import Cluster
 from lmcache_frontend.options import Options
+from lmcache_frontend.pytest_plugin import StartFrontend
 from lmcache_shared.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +102,24 @@ def test_the_makefile_has_what_the_docs_name() -> None:
     for page in PAGES:
         for target in re.findall(r"`make ([a-z-]+)", page.read_text()):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
+
+
+async def test_the_curl_lines_of_nodes_by_hand_work(frontend_server: StartFrontend) -> None:
+    text = (ROOT / "docs" / "frontend.md").read_text().partition("**By hand.**")[2]
+    lines = re.findall(r"^curl .*$", text.partition("### ")[0], re.MULTILINE)
+    assert len(lines) == 5
+    rack = await frontend_server()
+    proxy = {"name": "rack2", "host": "127.0.0.1", "port": rack.server.address.port, "nodes": []}
+    frontend = await frontend_server(nodes=[{"name": "worker0", "host": "10.0.0.5", "port": 7000}, proxy])
+    for line in lines:
+        words = line.replace("http://localhost:8080", frontend.url)
+        done = await asyncio.create_subprocess_shell(
+            f"curl -sS --fail-with-body {words[5:]}", stdout=asyncio.subprocess.PIPE
+        )
+        said, _ = await done.communicate()
+        assert (done.returncode, json.loads(said)["status"]) == (0, "success"), (line, said)
+    nodes = {node.name: str(node.address) for node in frontend.server.cluster.registry.nodes()}
+    assert nodes == {"worker0": "10.0.0.5:7000", "worker9": "10.0.0.9:7010"}
 
 
 async def test_the_example_of_an_endpoint_and_its_test_work(tmp_path: Path, pytester: pytest.Pytester) -> None:
