@@ -115,7 +115,7 @@ def merge_text(runs: Sequence[Numbers]) -> str:
 
 def merge_once(size: str, ranks: str) -> int:
     """In a process of its own: the texts come one by one, as from the network, and are not kept."""
-    from lmcache_frontend.telemetry.exposition import Merge
+    from lmcache_frontend.telemetry.metrics.exposition import Merge
 
     texts = NodeTexts()
     before = resident()

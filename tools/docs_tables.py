@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lmcache_frontend import options
-from lmcache_frontend.telemetry import own
+from lmcache_frontend.telemetry.metrics import own
 from lmcache_shared import settings
 from lmcache_shared.settings import Definition
 

@@ -15,8 +15,8 @@ from lmcache_frontend.nodes.sources import Sources
 from lmcache_frontend.options import Options
 from lmcache_frontend.proxy.policy import Policy
 from lmcache_frontend.proxy.transport import Targets
-from lmcache_frontend.telemetry.health import HealthBoard
-from lmcache_frontend.telemetry.own import OWN_METRICS, OwnMetrics
+from lmcache_frontend.telemetry.health.board import HealthBoard
+from lmcache_frontend.telemetry.metrics.own import OWN_METRICS, OwnMetrics
 from lmcache_shared import routes
 from lmcache_shared.access import own_site_only
 from lmcache_shared.errors import refusals

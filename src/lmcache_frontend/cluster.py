@@ -15,7 +15,7 @@ from lmcache_frontend.nodes.sources.file import lmcache_file, node_file
 from lmcache_frontend.nodes.sources.supplier import SupplierSource
 from lmcache_frontend.nodes.stores import StoreAway, open_store
 from lmcache_frontend.options import Options
-from lmcache_frontend.telemetry.health import HealthBoard
+from lmcache_frontend.telemetry.health.board import HealthBoard
 
 TICK_SECONDS = 1.0
 

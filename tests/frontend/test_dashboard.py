@@ -15,8 +15,8 @@ from lmcache_frontend.nodes.node import Node, Proxy
 from lmcache_frontend.nodes.stores import StoreAway
 from lmcache_frontend.options import Options
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
-from lmcache_frontend.telemetry.health import HealthBoard, NodeHealth
-from lmcache_frontend.telemetry.states import Checked, after
+from lmcache_frontend.telemetry.health.board import HealthBoard, NodeHealth
+from lmcache_frontend.telemetry.health.states import Checked, after
 from lmcache_shared.address import TcpAddress
 from tests.frontend.boards import settled
 from tests.frontend.upstream import Upstream, serving

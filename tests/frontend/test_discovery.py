@@ -23,7 +23,7 @@ from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.stores import StoreAway
 from lmcache_frontend.nodes.stores.memory import MemoryStore, Reports
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
-from lmcache_frontend.telemetry.health import HealthBoard
+from lmcache_frontend.telemetry.health.board import HealthBoard
 from tests.frontend.discovery import discovery_service
 from tests.frontend.upstream import Upstream, serving
 

@@ -18,8 +18,8 @@ from prometheus_client.openmetrics import exposition as openmetrics_exposition
 from prometheus_client.openmetrics import parser as openmetrics_parser
 from prometheus_client.parser import text_string_to_metric_families
 
-from lmcache_frontend.telemetry import exposition
-from lmcache_frontend.telemetry.exposition import ExpositionError, Merge, parse_match
+from lmcache_frontend.telemetry.metrics import exposition
+from lmcache_frontend.telemetry.metrics.exposition import ExpositionError, Merge, parse_match
 
 PROMTOOL = shutil.which("promtool")
 LINTED = 3

@@ -18,11 +18,13 @@ from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend.nodes.node import Node, Proxy, Reach
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.pytest_plugin import StartFrontend
-from lmcache_frontend.telemetry import changes, client, health, names, states
+from lmcache_frontend.telemetry import client, names
 from lmcache_frontend.telemetry.client import NoAnswer, ask, request_bytes
-from lmcache_frontend.telemetry.health import HealthBoard, NodeHealth, pause, version_of
+from lmcache_frontend.telemetry.health import board as health
+from lmcache_frontend.telemetry.health import changes, states
+from lmcache_frontend.telemetry.health.board import HealthBoard, NodeHealth, pause, version_of
+from lmcache_frontend.telemetry.health.states import Checked, after
 from lmcache_frontend.telemetry.names import Names, NotAsked
-from lmcache_frontend.telemetry.states import Checked, after
 from lmcache_shared.address import Address, TcpAddress, UnixAddress, from_node
 from tests.frontend.upstream import Upstream, serving
 
@@ -646,7 +648,7 @@ async def test_a_registry_that_fails_stops_nothing(monkeypatch: pytest.MonkeyPat
 async def test_each_change_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "FIRST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(health, "TICK_SECONDS", 0.01)
-    caplog.set_level(logging.INFO, "lmcache_frontend.telemetry.changes")
+    caplog.set_level(logging.INFO, "lmcache_frontend.telemetry.health.changes")
     async with serving(Upstream(GOOD)) as upstream, board_of(node(upstream.port, "a\x1b"), interval=0.03) as board:
         await until(lambda: board.all()[0].successes > 3)
         upstream.answer = UNAVAILABLE
@@ -658,7 +660,7 @@ async def test_each_change_is_told_once(caplog: pytest.LogCaptureFixture, monkey
 
 
 async def test_a_whole_fleet_does_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.WARNING, "lmcache_frontend.telemetry.changes")
+    caplog.set_level(logging.WARNING, "lmcache_frontend.telemetry.health.changes")
     log = changes.ChangeLog()
     for i in range(1000):
         log.note(after(NodeHealth(node(1, f"n{i}"), "p"), GOOD_CHECK, NOON))  # below the level: not counted

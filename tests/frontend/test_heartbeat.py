@@ -24,7 +24,7 @@ from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options, read_options
 from lmcache_frontend.pytest_plugin import StartFrontend
 from lmcache_frontend.server import serve
-from lmcache_frontend.telemetry.health import HealthBoard
+from lmcache_frontend.telemetry.health.board import HealthBoard
 from lmcache_shared.errors import ConfigError
 from tests.frontend.discovery import discovery_service, success
 from tests.frontend.registries import entries, registry_of

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache_frontend.telemetry.lines import ExpositionError
-from lmcache_frontend.telemetry.matching import MAX_TEXT, Pattern, parse_match
+from lmcache_frontend.telemetry.metrics.lines import ExpositionError
+from lmcache_frontend.telemetry.metrics.matching import MAX_TEXT, Pattern, parse_match
 
 LABELS = {"job": "a", "code": "500", "path": "C:\\x\n"}
 

@@ -22,10 +22,10 @@ from lmcache_frontend.api.metrics_api import SCRAPER
 from lmcache_frontend.nodes.node import Node, Proxy, read_list
 from lmcache_frontend.options import Options
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
-from lmcache_frontend.telemetry import exposition, scrape
-from lmcache_frontend.telemetry.health import HealthBoard
-from lmcache_frontend.telemetry.negotiation import wants_gzip, wants_openmetrics
-from lmcache_frontend.telemetry.own import FAMILIES, OTHER, OwnMetrics, TargetLabels
+from lmcache_frontend.telemetry.health.board import HealthBoard
+from lmcache_frontend.telemetry.metrics import exposition, scrape
+from lmcache_frontend.telemetry.metrics.negotiation import wants_gzip, wants_openmetrics
+from lmcache_frontend.telemetry.metrics.own import FAMILIES, OTHER, OwnMetrics, TargetLabels
 from lmcache_shared.address import TcpAddress, UnixAddress
 from lmcache_shared.errors import Refusal
 from tests.frontend.boards import settled

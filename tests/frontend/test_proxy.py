@@ -18,7 +18,7 @@ from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend.app import TARGETS
 from lmcache_frontend.proxy import transport
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
-from lmcache_frontend.telemetry.health import HealthBoard
+from lmcache_frontend.telemetry.health.board import HealthBoard
 from lmcache_shared.address import UnixAddress, quote_socket
 from tests.frontend.boards import settled
 from tests.frontend.upstream import Upstream, raw, serving

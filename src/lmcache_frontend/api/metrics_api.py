@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Iterator
 from aiohttp import web
 
 from lmcache_frontend.app import OPTIONS, REGISTRY
-from lmcache_frontend.telemetry.exposition import ExpositionError, parse_match
-from lmcache_frontend.telemetry.negotiation import OPENMETRICS_TYPE, TEXT_TYPE, wants_gzip, wants_openmetrics
-from lmcache_frontend.telemetry.own import OWN_METRICS
-from lmcache_frontend.telemetry.scrape import Leaf, Scraper, Wanted, leaves_of
+from lmcache_frontend.telemetry.metrics.exposition import ExpositionError, parse_match
+from lmcache_frontend.telemetry.metrics.negotiation import OPENMETRICS_TYPE, TEXT_TYPE, wants_gzip, wants_openmetrics
+from lmcache_frontend.telemetry.metrics.own import OWN_METRICS
+from lmcache_frontend.telemetry.metrics.scrape import Leaf, Scraper, Wanted, leaves_of
 from lmcache_shared.errors import Refusal
 
 router = web.RouteTableDef()

@@ -6,7 +6,7 @@ from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
 from lmcache_frontend.proxy import target
 from lmcache_frontend.proxy.headers import refuse_loops
 from lmcache_frontend.proxy.transport import forward
-from lmcache_frontend.telemetry.own import OWN_METRICS
+from lmcache_frontend.telemetry.metrics.own import OWN_METRICS
 
 router = web.RouteTableDef()
 

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from aiohttp import web
 
 from lmcache_frontend.app import HEALTH, REGISTRY
-from lmcache_frontend.telemetry.scrape import Leaf, leaves_of
+from lmcache_frontend.telemetry.metrics.scrape import Leaf, leaves_of
 from lmcache_shared.errors import Refusal
 from lmcache_shared.responses import json_response
 

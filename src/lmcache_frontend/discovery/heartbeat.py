@@ -24,7 +24,7 @@ from yarl import URL
 from lmcache_frontend.discovery.problems import Refused, reason
 from lmcache_frontend.discovery.version import first_version
 from lmcache_frontend.nodes.registry import Registry
-from lmcache_frontend.telemetry.health import HealthBoard
+from lmcache_frontend.telemetry.health.board import HealthBoard
 from lmcache_shared.address import TcpAddress
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmcache_frontend.telemetry.health import HealthBoard
+from lmcache_frontend.telemetry.health.board import HealthBoard
 
 TOTAL_SECONDS = 4.0
 """Within these every node has been checked once, or the heartbeat goes without those that have not."""

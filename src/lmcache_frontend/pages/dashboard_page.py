@@ -16,8 +16,8 @@ from aiohttp import web
 from lmcache_frontend.app import BY_HAND, HEALTH, NEIGHBOURS, REGISTRY, SOURCES
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Proxy
 from lmcache_frontend.pages import rendering
-from lmcache_frontend.telemetry.health import NodeHealth
-from lmcache_frontend.telemetry.states import STATES
+from lmcache_frontend.telemetry.health.board import NodeHealth
+from lmcache_frontend.telemetry.health.states import STATES
 
 FIRST_SECONDS = 1.0
 """A page that is opened while nodes wait for their first check waits for it so long: they are unknown else."""

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from lmcache_frontend.nodes.node import Node, Proxy
 from lmcache_frontend.telemetry.client import Answer, NoAnswer, ask, request_bytes
-from lmcache_frontend.telemetry.exposition import ExpositionError, Merge, parse_match
+from lmcache_frontend.telemetry.metrics.exposition import ExpositionError, Merge, parse_match
 from lmcache_frontend.telemetry.names import Names, NotAsked
 from lmcache_shared.blocking import BlockingPool
 from lmcache_shared.errors import Refusal

@@ -20,8 +20,8 @@ from prometheus_client.metrics_core import Metric
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Proxy
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.proxy.transport import Traffic
-from lmcache_frontend.telemetry.health import HealthBoard
-from lmcache_frontend.telemetry.scrape import OURS, Outcome, Wanted
+from lmcache_frontend.telemetry.health.board import HealthBoard
+from lmcache_frontend.telemetry.metrics.scrape import OURS, Outcome, Wanted
 from lmcache_shared.address import Address
 from lmcache_shared.errors import Refusal
 from lmcache_shared.version import VERSION

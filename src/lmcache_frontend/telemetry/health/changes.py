@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 
-from lmcache_frontend.telemetry.states import NodeHealth
+from lmcache_frontend.telemetry.health.states import NodeHealth
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from datetime import datetime, timezone
 
 from lmcache_frontend.nodes.node import Node, Proxy
 from lmcache_frontend.nodes.registry import Registry
-from lmcache_frontend.telemetry.behind import from_the_way, not_reached
-from lmcache_frontend.telemetry.changes import ChangeLog
 from lmcache_frontend.telemetry.client import Answer, NoAnswer, ask, request_bytes
+from lmcache_frontend.telemetry.health.behind import from_the_way, not_reached
+from lmcache_frontend.telemetry.health.changes import ChangeLog
+from lmcache_frontend.telemetry.health.states import FALL, RISE, STATES, Checked, NodeHealth, State, after
 from lmcache_frontend.telemetry.names import Names, NotAsked
-from lmcache_frontend.telemetry.states import FALL, RISE, STATES, Checked, NodeHealth, State, after
 
 __all__ = ["HealthBoard", "NodeHealth"]
 

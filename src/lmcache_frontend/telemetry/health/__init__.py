@@ -1,0 +1,1 @@
+"""Which nodes are up: each is checked again and again, in turns."""

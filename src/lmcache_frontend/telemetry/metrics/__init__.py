@@ -1,0 +1,1 @@
+"""What every node counts, as one exposition, and what the frontend itself counts."""
