@@ -276,6 +276,8 @@ class ByHand:
                     await self._read()
                 for _ in range(TRIES):
                     changes = [change for change in work_out() if change.before != change.after]
+                    if changes and IDENTITY not in self._records:
+                        changes.append(Change(IDENTITY, None, self._registry.identity))
                     after = {**self._records, **{change.key: change.after for change in changes}}
                     count = sum(text is not None for key, text in after.items() if key != IDENTITY)
                     if count > MAX_NODES:
@@ -293,7 +295,7 @@ class ByHand:
 
     async def _read(self) -> None:
         records = await self._store.read()
-        if IDENTITY not in records:
+        if IDENTITY not in records and self._store.is_shared:
             if await self._store.apply([Change(IDENTITY, None, self._registry.identity)]):
                 records[IDENTITY] = self._registry.identity
             else:

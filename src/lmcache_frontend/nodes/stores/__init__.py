@@ -43,6 +43,10 @@ class Store(Protocol):
     def description(self) -> str:
         """The store, for people: `memory`, `sqlite:/path`, `redis://host:6379/0`; a password is left out."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is meant for several frontends, which are one to others."""
+
     async def open(self) -> None:
         """Reach the store. After a failure it is tried again by every other method.
 

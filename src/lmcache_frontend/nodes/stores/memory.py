@@ -20,6 +20,7 @@ class MemoryStore:
     """Keeps records as long as the frontend runs: for tests, and for `--registry memory`."""
 
     description = "memory"
+    is_shared = False
 
     def __init__(self) -> None:
         self._records: dict[str, str] = {}

@@ -122,6 +122,8 @@ _CODE_OF_CLASS = {
 class RedisStore:
     """Keeps records and reports in the Redis at `place`."""
 
+    is_shared = True
+
     def __init__(self, place: RedisPlace) -> None:
         self.description = place.description
         self._client = Redis(connection_pool=_pool(place))

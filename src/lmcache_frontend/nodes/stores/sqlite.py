@@ -74,8 +74,14 @@ _WAYS_OUT = (
 """What SQLite says, and what is to be done. Its codes reach Python only from 3.11 on."""
 
 
+NO_FILE = -1
+"""In the place of the number of changes that SQLite keeps for a file."""
+
+
 class SqliteStore:
     """Keeps records in `path`; `None`: in a state folder that this user does not have."""
+
+    is_shared = False
 
     def __init__(self, path: Path | None) -> None:
         self.description = "sqlite" if path is None else f"sqlite:{path}"
@@ -192,7 +198,9 @@ class _File:
         self._told: int | None = None
 
     def read(self) -> tuple[list[tuple[object, object]], int]:
-        """Keys and values as bytes, and how many were left out because of their size."""
+        """Keys and values as bytes, and how many were left out because of their size. Without a file there are none."""
+        if self._is_missing():
+            return [], 0
         with self._opened() as connection, _transaction(connection, "DEFERRED"):
             count, length, left_out = connection.execute(
                 f"SELECT count(*), total(CASE WHEN {_SIZE} THEN length(CAST(value AS BLOB)) END),"  # noqa: S608 - ours
@@ -232,10 +240,21 @@ class _File:
 
     def changed(self) -> bool:
         """Whether another process has written since this was asked last, or the file is another."""
-        with self._opened() as connection:
-            (version,) = connection.execute("PRAGMA data_version").fetchone()
+        version = NO_FILE
+        if not self._is_missing():
+            with self._opened() as connection:
+                (version,) = connection.execute("PRAGMA data_version").fetchone()
         told, self._told = self._told, version
         return bool(version != told)
+
+    def _is_missing(self) -> bool:
+        """Whether there is no file; the first change makes one."""
+        with self._explained():
+            if _identity(self._path) is not None:
+                return False
+            if self._connection is not None:
+                self._drop()
+            return True
 
     def close(self) -> None:
         connection, self._connection, self._told = self._connection, None, None
@@ -244,9 +263,15 @@ class _File:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
-        """The connection; whatever SQLite refuses becomes a `StoreAway`, and all but a lock closes it."""
-        try:
+        """The connection, to a file that is made when there is none."""
+        with self._explained():
             yield self._current()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Whatever SQLite or the system refuses becomes a `StoreAway`, and all but a lock closes the connection."""
+        try:
+            yield
         except sqlite3.Error as error:
             if "is locked" not in str(error):
                 self._drop()
