@@ -101,3 +101,39 @@ async def test_a_redis_that_hangs_refuses_changes_and_holds_nobody_up(
         assert time.monotonic() < deadline
         await asyncio.sleep(0.1)
     await all_see(frontends, [*names(frontends[1])], 5.0)
+
+
+async def beat(frontend: RunningFrontend, port: int) -> int:
+    parameters = {"api_address": f"http://127.0.0.1:{port}", "pid": "7", "version": "0.5.6", "other_info": "{}"}
+    async with frontend.client.get("/heartbeat", params=parameters) as response:
+        return response.status
+
+
+async def reporters(frontend: RunningFrontend) -> list[str]:
+    async with frontend.client.get("/lmcache_infos") as response:
+        return list((await response.json())["processInfos"])
+
+
+async def all_know(frontends: list[RunningFrontend], ports: list[int], seconds: float) -> None:
+    wanted = [f"http://127.0.0.1:{port}" for port in ports]
+    deadline = time.monotonic() + seconds
+    while [await reporters(frontend) for frontend in frontends] != [wanted] * len(frontends):
+        assert time.monotonic() < deadline, [await reporters(frontend) for frontend in frontends]
+        await asyncio.sleep(0.05)
+
+
+async def test_heartbeats_may_arrive_at_any(frontend_server: StartFrontend, server: RedisServer) -> None:
+    frontends = await three(frontend_server, server)
+    for port, frontend in enumerate(frontends, start=1):
+        assert await beat(frontend, port) == 200
+    await all_know(frontends, [1, 2, 3], 2.0)
+    await all_see(frontends, [f"proxy_127.0.0.1_{port}" for port in (1, 2, 3)], 2.0)
+    server.kill()
+    assert await beat(frontends[0], 4) == 503
+    await all_know(frontends, [1, 2, 3], 1.0)
+    await asyncio.to_thread(server.start)
+    deadline = time.monotonic() + 10
+    while await beat(frontends[0], 4) != 200:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+    await all_know(frontends, [1, 2, 3, 4], 5.0)
