@@ -361,7 +361,11 @@ async def test_another_address_is_another_frontend(frontend_server: StartFronten
     await refreshed(near, "p")
     assert names(near) == {"p": ["w"]}
     assert (await near.client.put("/api/nodes/p", json={"name": "p", "host": "127.0.0.1", "port": 1})).status == 200
-    await until(lambda: names(near) == {"p": []})
+    status, _ = await answer(near, "/api/proxies/p/refresh")
+    assert (status, names(near)) == (502, {"p": []})
+    two = await frontend_server(nodes=[{"name": "x", "host": "h", "port": 1}])
+    assert (await near.client.put("/api/nodes/p", json={**proxy("p", two)})).status == 200
+    await until(lambda: names(near) == {"p": ["x"]})
 
 
 async def test_an_address_where_no_frontend_is_any_more(frontend_server: StartFrontend) -> None:

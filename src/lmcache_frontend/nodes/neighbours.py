@@ -151,8 +151,8 @@ class Neighbours:
         Raises:
             NeighbourError: it does not tell; what was known of it stays.
         """
+        self._look()  # it may be new, or have another address since
         asked = self._asked.setdefault(proxy.name, _Asked(proxy, 0.0))
-        asked.head = proxy
         await self._ask(asked)  # at once, whoever else is being asked
         if asked.problem is not None:
             raise NeighbourError(asked.problem)
@@ -201,6 +201,7 @@ class Neighbours:
             return  # it has another address by now
         if told is None:
             self._note(asked, None if head.found else "it is no frontend: it has no /api/nodes", failed=False)
+            asked.is_self, asked.told = False, 0
             if head.found:
                 self._registry.publish_neighbours(head.name, ())
             return
@@ -224,7 +225,7 @@ class Neighbours:
         if problem != asked.problem:
             where = f"{asked.head.name} ({asked.head.address})"
             if problem is not None:
-                logger.warning("%s does not tell of all its nodes: %s", where, problem)
+                logger.warning("%s does not tell of its nodes: %s", where, problem)
             else:
                 logger.info("%s tells of its nodes again", where)
         asked.problem = problem
