@@ -103,12 +103,15 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
     cluster = Cluster(replace(options, registry="memory"), nodes)  # nobody can add any by hand
     heartbeat = _heartbeat(options, cluster)
     cluster.start()
-    _start(heartbeat, options)
-    say(f"frontend sends heartbeats and serves nothing ({sum(1 for _ in cluster.registry.nodes())} nodes)")
-    await stop.wait()
-    say("stopping")
-    await heartbeat.stop()
-    await cluster.stop()
+    try:
+        _start(heartbeat, options)
+        with _hangup_reloads(cluster):
+            say(f"frontend sends heartbeats and serves nothing ({sum(1 for _ in cluster.registry.nodes())} nodes)")
+            await stop.wait()
+        say("stopping")
+    finally:
+        await heartbeat.stop()
+        await cluster.stop()
 
 
 def _nodes(cluster: Cluster) -> str:

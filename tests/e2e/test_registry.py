@@ -131,3 +131,28 @@ def test_a_store_that_cannot_be_used_refuses_changes_and_nothing_else(tmp_path: 
         assert (status, body["detail"].startswith("nothing was changed: ")) == (503, True)
         assert str(file) in body["detail"]
         assert ask(port, "GET", "/api/sources")[1]["sources"][-1]["problems"] != []
+
+
+def test_a_node_file_is_read_again_by_a_process_with_many_files(tmp_path: Path) -> None:
+    port, file = free_port(), tmp_path / "nodes.json"
+    file.write_text("[]")
+    program = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096));"
+        " kept = [os.open('/dev/null', os.O_RDONLY) for _ in range(1100)];"
+        " sys.argv[0] = 'lmcache_frontend'; from lmcache_frontend.__main__ import main; sys.exit(main())"
+    )
+    with running("-c", program, "--host", "127.0.0.1", "--port", str(port), "--config", str(file)) as child:
+        read_until(child, "frontend serves")
+        file.write_text(json.dumps([{"name": "a", "host": "10.0.0.1", "port": 7000}]))
+        until(port, ["a"])
+
+
+def test_sighup_does_not_end_one_that_only_sends_heartbeats() -> None:
+    service = f"http://127.0.0.1:{free_port()}/heartbeat"
+    with running("-m", "lmcache_frontend", "--no-http", "--heartbeat-url", service) as child:
+        read_until(child, "sends heartbeats and serves nothing")
+        child.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert child.poll() is None
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 0

@@ -303,3 +303,49 @@ async def test_a_store_that_comes_back_with_less_is_told(caplog: pytest.LogCaptu
     store._records.clear()
     await one.read()
     assert "can be used again, with 0 records where 2 were" in caplog.text
+
+
+async def test_a_proxy_that_is_not_shown_keeps_its_nodes_by_hand_when_it_is_renamed(
+    frontend_server: StartFrontend,
+) -> None:
+    frontend = await frontend_server()
+    assert (await call(frontend, "POST", "/api/proxies", json=P2))[0] == 200
+    assert (await call(frontend, "POST", "/api/proxies/p2/nodes", json=N1))[0] == 200
+    frontend.server.cluster.registry.publish_selves(["p2"])
+    assert (await call(frontend, "PUT", "/api/nodes/p2", json={**P2, "name": "p3"}))[0] == 200
+    assert await names(frontend) == {"p3": ["n1"]}
+    assert {key for key in await frontend.server.cluster.store.read() if "p2" in key} == set()
+
+
+async def test_a_component_that_was_found_stays_when_it_is_given_a_node(frontend_server: StartFrontend) -> None:
+    frontend = await frontend_server()
+    found = Proxy("c", "127.0.0.1", 1, tcp_address("127.0.0.1", 1), found=True)
+    frontend.server.cluster.registry.publish("dns", [found])
+    assert await names(frontend) == {"c": ["c"]}
+    assert (await call(frontend, "POST", "/api/proxies/c/nodes", json=N1))[0] == 200
+    assert await names(frontend) == {"c": ["n1", "c"]}
+
+
+async def test_removed_added_and_removed_again_while_its_source_is_silent(frontend_server: StartFrontend) -> None:
+    frontend = await frontend_server(nodes=[N1])
+    registry = frontend.server.cluster.registry
+    assert (await call(frontend, "DELETE", "/api/nodes/n1"))[0] == 200
+    registry.publish("nodes", [])
+    assert (await call(frontend, "POST", "/api/proxies/local_proxy/nodes", json=N1))[0] == 200
+    status, _ = await call(frontend, "POST", "/api/nodes/n1/restore")
+    assert status == 409  # nothing would be left
+    assert (await call(frontend, "DELETE", "/api/nodes/n1"))[0] == 200
+    registry.publish("nodes", entries(N1))
+    assert await names(frontend) == {}
+
+
+async def test_what_no_store_could_keep_is_the_callers_fault(frontend_server: StartFrontend) -> None:
+    frontend = await frontend_server()
+    status, body = await call(frontend, "POST", "/api/proxies", json={**P2, "host": "h" * 70_000})
+    assert status == 400, body
+    deep = {"name": "\U0001f600" * 255, "host": "h", "port": 1}
+    assert (await call(frontend, "POST", "/api/proxies", json=deep))[0] == 200
+    where = f"/api/proxies/{deep['name']}/nodes"
+    assert (await call(frontend, "POST", where, json=deep))[0] == 200
+    _, told = await call(frontend, "GET", "/api/sources")
+    assert {"name": "hand", "place": "memory", "problems": []} in told["sources"]

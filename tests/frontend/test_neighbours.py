@@ -15,7 +15,7 @@ from aiohttp.test_utils import TestServer
 
 from lmcache_api.pytest_plugin import StartApi
 from lmcache_frontend.nodes import neighbours
-from lmcache_frontend.nodes.node import Proxy
+from lmcache_frontend.nodes.node import Node, Proxy
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from lmcache_shared.address import TcpAddress
 
@@ -409,3 +409,33 @@ async def test_thousands_of_nodes_are_told_in_pieces(frontend_server: StartFront
     ]
     async with frontend.client.head("/api/nodes?detail=true") as response:
         assert response.status == 200
+
+
+async def test_a_written_proxy_that_is_no_frontend_any_more(frontend_server: StartFrontend) -> None:
+    near = await frontend_server(stale_seconds=0.2)
+    async with contextlib.AsyncExitStack() as stack:
+        port = await far({}, stack)
+        await near.client.post("/api/proxies", json={"name": "p", "host": "127.0.0.1", "port": port})
+        child = Node("w", "h", 1, TcpAddress("h", 1), path="/proxy2/w")
+        near.server.cluster.registry.publish_neighbours("p", [child])
+        status, _ = await answer(near, "/api/proxies/p/refresh")
+        assert status == 502
+        await until(lambda: names(near) == {"p": []})
+
+
+async def test_who_refreshes_one_proxy_at_once_shares_a_question(frontend_server: StartFrontend) -> None:
+    asked = 0
+
+    async def nodes(_: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0.3)
+        return web.json_response({"nodes": []})
+
+    app = web.Application()
+    app.router.add_get("/api/nodes", nodes)
+    async with TestServer(app, host="127.0.0.1") as server:
+        near = await frontend_server(nodes=[{"name": "p", "host": "127.0.0.1", "port": server.port, "nodes": []}])
+        answers = await asyncio.gather(*(answer(near, "/api/proxies/p/refresh") for _ in range(50)))
+        assert {status for status, _ in answers} == {200}
+        assert asked <= 3

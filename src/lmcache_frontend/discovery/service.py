@@ -173,7 +173,9 @@ class DiscoveryService:
         late = {address: report for address, report in self._reports.items() if report.reported >= began}
         # A store that was away may have lost what it had.
         before = self._reports if began < self._pardoned_until else {}
-        self._reports = {**before, **found, **late}
+        together = {**before, **found, **late}
+        latest = sorted(together.items(), key=lambda item: item[1].reported, reverse=True)
+        self._reports = dict(latest[:MAX_FOUND])
         self._publish()
 
     def _publish(self) -> None:
@@ -211,7 +213,8 @@ class DiscoveryService:
             Full: nobody is silent.
         """
         address, report = min(self._reports.items(), key=lambda item: item[1].reported, default=("", None))
-        if report is None or report.reported > now - ALIVE_SECONDS:
+        alive_since = now - ALIVE_SECONDS if now >= self._pardoned_until else self._last_heard
+        if report is None or report.reported > alive_since:
             raise Full
         await self._report(address, report, 0.001)
         self._reports.pop(address, None)

@@ -17,7 +17,7 @@ import msgspec
 
 from lmcache_frontend.nodes.node import LOCAL_PROXY, MAX_NODES, Node, Proxy, read_one
 from lmcache_frontend.nodes.registry import NEIGHBOURS, Known, Name, Registry
-from lmcache_frontend.nodes.stores import Change, Store, StoreAway, StoreUncertain
+from lmcache_frontend.nodes.stores import Change, Store, StoreAway, StoreUncertain, Unkeepable
 from lmcache_shared.errors import ConfigError, Refusal
 
 logger = logging.getLogger(__name__)
@@ -165,6 +165,9 @@ class ByHand:
             names = [known for known in [*self.hidden(), *self.changed()] if _matches(known, name, proxy)]
             if not names:
                 raise Refusal(404, f"no discovered proxy or node named {name!r} was changed or removed by hand")
+            hidden = set(self.hidden())
+            if any(known not in hidden and not self._registry.is_discovered(known) for known in names):
+                raise Refusal(409, f"no source tells of {name!r} now: without what was said by hand there is nothing")
             return [self._put(known, None) for known in names]
 
         await self._apply(changes)
@@ -206,12 +209,14 @@ class ByHand:
     def _changed_proxy(self, proxy: Proxy, entry: Node | Proxy) -> list[Change]:
         if entry.name != proxy.name and self._has_proxy(entry.name):
             raise Refusal(409, "Proxy name already exists")
-        written = {node.name: node for node in proxy.nodes if node.source != NEIGHBOURS and not proxy.found}
+        written = self._written(proxy)
         wanted = {node.name: node for node in entry.nodes} if isinstance(entry, Proxy) else written
         changes = {}
         if entry.name != proxy.name:
             changes[proxy.name, ""] = self._take_away(proxy.name)
             for node_name in written:
+                changes[proxy.name, node_name] = self._put((proxy.name, node_name), None)
+            for _, node_name in [key for key in self.hidden() if isinstance(key, tuple) and key[0] == proxy.name]:
                 changes[proxy.name, node_name] = self._put((proxy.name, node_name), None)
         elif wanted is not written:
             for node_name in written.keys() - wanted.keys():
@@ -221,6 +226,20 @@ class ByHand:
             for node in wanted.values():
                 changes[entry.name, node.name] = self._put((entry.name, node.name), node)
         return list(changes.values())
+
+    def _written(self, proxy: Proxy) -> dict[str, Node]:
+        """The nodes that were written down beside a proxy, of which it did not tell: also while it is not shown."""
+        kept = {
+            entry.name: entry
+            for key, (_, entry) in self._parsed.items()
+            if isinstance(entry, Node) and isinstance(name := _name_of(key), tuple) and name[0] == proxy.name
+        }
+        shown = {
+            node.name: node
+            for node in proxy.nodes
+            if node.source != NEIGHBOURS and not (proxy.found and node.name == proxy.name)
+        }
+        return {**shown, **kept}
 
     def _changed_node(self, known: Known, entry: Node | Proxy) -> list[Change]:
         if isinstance(entry, Proxy):
@@ -263,7 +282,8 @@ class ByHand:
 
     def _lies_over(self, name: Name) -> bool:
         """Whether a source knows this name, now, or did when the record was written."""
-        return self._registry.is_discovered(name) or _read_record(self._records.get(_key(name))).over
+        text = self._records.get(_key(name))
+        return self._registry.is_discovered(name) or text == _REMOVED or _read_record(text).over
 
     async def _apply(self, work_out: Callable[[], Sequence[Change]]) -> None:
         began = time.monotonic()
@@ -286,6 +306,8 @@ class ByHand:
                         self._take({key: text for key, text in after.items() if text is not None})
                         return
                     await self._read()
+        except Unkeepable as refused:
+            raise Refusal(400, str(refused)) from None
         except StoreAway as away:
             self.note(away)
             self._failed_at = time.monotonic()
@@ -404,7 +426,8 @@ def _number(text: str | None) -> int:
 
 
 def _key(name: Name) -> str:
-    return json.dumps([name] if isinstance(name, str) else list(name), separators=(",", ":"))
+    parts = [name] if isinstance(name, str) else list(name)
+    return json.dumps(parts, separators=(",", ":"), ensure_ascii=False)
 
 
 def _name_of(key: str) -> Name | None:

@@ -33,8 +33,11 @@ ASK_SECONDS = 5.0
 """For one frontend, as LMCache's frontend waits."""
 
 AT_ONCE = 32
-UNPROVEN_AT_ONCE = 16
-"""Of proxies that have not answered last time, or never: those that hang take no turn of those that answer."""
+NEW_AT_ONCE = 16
+"""Of proxies that were only found and never asked."""
+
+SLOW_AT_ONCE = 16
+"""Of those that have failed more than once: those that hang take no turn of those that answer, or are new."""
 
 MAX_ANSWER_BYTES = 16 << 20
 MAX_LOOKED_AT = 5 * MAX_NODES
@@ -96,11 +99,20 @@ class _Asked:
     task: asyncio.Task[None] | None = None
     problem: str | None = None
     failures: int = 0
-    answered: bool = False
-    """It did last time."""
+    wanted: asyncio.Task[None] | None = None
+    """A question that somebody waits for."""
+    has_answered: bool = False
+    """It ever did."""
+    is_partial: bool = False
+    """The problem is that some of its nodes were left out."""
     is_self: bool = False
     told: int = 0
     """How many nodes it has told of."""
+
+    def cancel(self) -> None:
+        for task in (self.task, self.wanted):
+            if task is not None:
+                task.cancel()
 
 
 class Neighbours:
@@ -116,8 +128,11 @@ class Neighbours:
         self._interval = interval
         self._asked: dict[str, _Asked] = {}
         self._proven = asyncio.Semaphore(AT_ONCE)
-        self._unproven = asyncio.Semaphore(UNPROVEN_AT_ONCE)
-        self._pool = BlockingPool("neighbours", threads=1, waiting=AT_ONCE + UNPROVEN_AT_ONCE)
+        self._new = asyncio.Semaphore(NEW_AT_ONCE)
+        self._slow = asyncio.Semaphore(SLOW_AT_ONCE)
+        self._wanted = asyncio.Semaphore(AT_ONCE)
+        """For callers who want one asked now."""
+        self._pool = BlockingPool("neighbours", threads=1, waiting=2 * AT_ONCE + NEW_AT_ONCE + SLOW_AT_ONCE)
 
     async def run(self) -> None:
         """Ask until cancelled; a new proxy at once."""
@@ -126,7 +141,8 @@ class Neighbours:
                 self._look()
                 await asyncio.sleep(LOOK_SECONDS)
         finally:
-            tasks = [asked.task for asked in self._asked.values() if asked.task is not None]
+            asked = self._asked.values()
+            tasks = [task for one in asked for task in (one.task, one.wanted) if task is not None]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -153,8 +169,10 @@ class Neighbours:
         """
         self._look()  # it may be new, or have another address since
         asked = self._asked.setdefault(proxy.name, _Asked(proxy, 0.0))
-        await self._ask(asked)  # at once, whoever else is being asked
-        if asked.problem is not None:
+        if asked.wanted is None or asked.wanted.done():  # callers at the same time share one question
+            asked.wanted = asyncio.create_task(self._ask_now(asked), name="neighbour")
+        await asyncio.wait({asked.wanted})
+        if asked.problem is not None and not asked.is_partial:
             raise NeighbourError(asked.problem)
 
     def _look(self) -> None:
@@ -162,14 +180,12 @@ class Neighbours:
         heads = {head.name: head for head in self._registry.heads()}
         for name in self._asked.keys() - heads.keys():
             gone = self._asked.pop(name)
-            if gone.task is not None:
-                gone.task.cancel()
+            gone.cancel()
         for name, head in heads.items():
             asked = self._asked.setdefault(name, _Asked(head, now))
             if asked.head.address != head.address:
                 # What the former address told is not what this one has.
-                if asked.task is not None:
-                    asked.task.cancel()
+                asked.cancel()
                 self._registry.forget_neighbours(name)
                 asked = self._asked[name] = _Asked(head, now)
             asked.head = head
@@ -181,9 +197,16 @@ class Neighbours:
         self._registry.publish_selves(name for name, asked in self._asked.items() if asked.is_self)
 
     async def _ask_in_turn(self, asked: _Asked) -> None:
-        # What somebody wrote down may be slow the first time; what was only found has to prove itself.
-        trusted = asked.answered or (not asked.head.found and asked.failures == 0)
-        async with self._proven if trusted else self._unproven:
+        lane = self._proven
+        if asked.failures > 1:
+            lane = self._slow
+        elif asked.head.found and not asked.has_answered:
+            lane = self._new
+        async with lane:
+            await self._ask(asked)
+
+    async def _ask_now(self, asked: _Asked) -> None:
+        async with self._wanted:
             await self._ask(asked)
 
     async def _ask(self, asked: _Asked) -> None:
@@ -202,15 +225,16 @@ class Neighbours:
         if told is None:
             self._note(asked, None if head.found else "it is no frontend: it has no /api/nodes", failed=False)
             asked.is_self, asked.told = False, 0
-            if head.found:
-                self._registry.publish_neighbours(head.name, ())
+            self._registry.publish_neighbours(head.name, ())
             return
         asked.is_self = told.frontend == self._registry.identity
         room = MAX_TOLD - sum(other.told for other in self._asked.values() if other is not asked)
         nodes = [] if asked.is_self else told.nodes[:room]
         asked.told = len(nodes)
         too_many = f"{len(told.nodes) - room} of its nodes are left out: {MAX_TOLD} behind all proxies are kept"
-        self._note(asked, too_many if len(told.nodes) > room and not asked.is_self else None, failed=False)
+        is_partial = len(told.nodes) > room and not asked.is_self
+        self._note(asked, too_many if is_partial else None, failed=False)
+        asked.is_partial = is_partial
         self._registry.publish_neighbours(head.name, nodes)
 
     async def _read(self, body: bytes) -> _Told | None:
@@ -221,7 +245,10 @@ class Neighbours:
 
     def _note(self, asked: _Asked, problem: str | None, *, failed: bool) -> None:
         asked.failures = asked.failures + 1 if failed else 0
-        asked.answered = not failed
+        asked.has_answered = asked.has_answered or not failed
+        asked.is_partial = False
+        if asked.failures > 1:
+            asked.is_self = False  # whoever is there now, it is not known
         if problem != asked.problem:
             where = f"{asked.head.name} ({asked.head.address})"
             if problem is not None:

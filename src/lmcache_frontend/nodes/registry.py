@@ -162,7 +162,7 @@ class Registry:
             for head in layer.heads.values():
                 if head.name not in seen and head.name not in self._hidden:
                     seen.add(head.name)
-                    yield head
+                    yield self._by_hand_head(head) if layer is self._layers[BY_HAND] else head
 
     def proxy(self, name: str) -> Proxy | None:
         """The proxy with this name; `local_proxy` also while it has no nodes."""
@@ -182,9 +182,10 @@ class Registry:
 
     def is_discovered(self, name: Name) -> bool:
         """Whether a source other than the hand knows a proxy, or a proxy's node, of this name."""
-        layers = [*(layer for source, layer in self._layers.items() if source != BY_HAND), *self._neighbours.values()]
+        layers = [layer for source, layer in self._layers.items() if source != BY_HAND]
         if isinstance(name, str):
             return any(name in layer.heads for layer in layers)
+        layers += [told] if (told := self._neighbours.get(name[0])) is not None else []
         leaf_of_itself = name[0] == name[1] and any(
             head.found for layer in layers if (head := layer.heads.get(name[0])) is not None
         )
@@ -287,10 +288,16 @@ class Registry:
                 if head.found and head.address in own and not self._tells(name):
                     continue  # this frontend's own node, found a second time
                 heads.setdefault(name, head)
-        for name, head in self._layers[BY_HAND].heads.items():
-            if name in heads:
-                heads[name] = replace(head, found=heads[name].found and heads[name].address == head.address)
+        heads.update(
+            {name: self._by_hand_head(head) for name, head in self._layers[BY_HAND].heads.items() if name in heads}
+        )
         return heads
+
+    def _by_hand_head(self, head: Proxy) -> Proxy:
+        """What was found by its address stays so when something was said of it by hand."""
+        others = (layer.heads.get(head.name) for source, layer in self._layers.items() if source != BY_HAND)
+        found = any(other is not None and other.found and other.address == head.address for other in others)
+        return replace(head, found=found)
 
     def _tells(self, proxy: str) -> bool:
         """Whether a proxy has told of nodes."""

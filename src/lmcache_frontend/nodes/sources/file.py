@@ -67,7 +67,6 @@ class FileSource:
 
     async def _look(self, pool: BlockingPool) -> None:
         """Read the file, if it is another one or somebody wants it."""
-        stamp = None
         try:
             stamp = await pool.run(lambda: _stamp(self._path), seconds=READ_SECONDS, what=self._path)
             if stamp != self._seen or self._now.is_set():
@@ -75,10 +74,10 @@ class FileSource:
                 self._seen = stamp
                 self._publish(entries, problems)
                 self._now.clear()
-        except ConfigError as error:
-            self._seen = stamp
+        except ConfigError as error:  # it may be half written, or this process out of files: it is read again soon
             self._now.clear()
             self._tell([str(error)])
+            await asyncio.sleep(LOOK_SECONDS)
         except Refusal as late:  # the disk; it is tried again
             self._tell([str(late.detail)])
             await asyncio.sleep(LOOK_SECONDS)
@@ -123,10 +122,14 @@ def _read_file(path: Path) -> bytes:
     """What the file holds. It may be a pipe, as a shell makes it; one that nobody writes into is not waited for."""
     data = bytearray()
     until = time.monotonic() + PIPE_SECONDS
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r}: is no path")
     try:
         with _opened(path) as file:
+            readable = select.poll()  # select() takes no descriptor above 1023
+            readable.register(file, select.POLLIN)
             while len(data) <= MAX_NODE_FILE_BYTES:
-                if not select.select([file], [], [], max(0.0, until - time.monotonic()))[0]:
+                if not readable.poll(max(0.0, until - time.monotonic()) * 1000):
                     raise ConfigError(f"{path}: nobody has written the nodes within {PIPE_SECONDS:g} seconds")
                 with contextlib.suppress(BlockingIOError):
                     piece = os.read(file, 1 << 20)
@@ -135,8 +138,6 @@ def _read_file(path: Path) -> bytes:
                     data += piece
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the nodes: {error.strerror}") from None
-    except ValueError:  # a NUL in it
-        raise ConfigError(f"{str(path)!r}: is no path") from None
     raise ConfigError(f"{path}: larger than {MAX_NODE_FILE_BYTES} bytes; this is no list of nodes")
 
 

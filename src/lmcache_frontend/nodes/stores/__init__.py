@@ -25,6 +25,10 @@ class StoreUncertain(StoreAway):
     """Whether a change is kept is not known."""
 
 
+class Unkeepable(StoreAway):
+    """No store could keep this: a text is too long, empty, or no Unicode."""
+
+
 @dataclass(frozen=True)
 class Change:
     """What becomes of one record; a change counts only when `before` holds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
-from lmcache_frontend.nodes.stores import Change, StoreAway
+from lmcache_frontend.nodes.stores import Change, StoreAway, Unkeepable
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +30,16 @@ def refuse_unkeepable(description: str, texts: Iterable[tuple[str, str | None]])
     """Refuse keys and values that could not be read again.
 
     Raises:
-        StoreAway: one is too long, empty, or no Unicode.
+        Unkeepable: one is too long, empty, or no Unicode.
     """
     for key, value in texts:
         key_size, value_size = size(key), size(value or "")
         if not key_size or value_size is None:
-            raise StoreAway(f"{description}: a key or value is empty or no Unicode; nothing was changed")
+            raise Unkeepable(f"{description}: a key or value is empty or no Unicode")
         if key_size > MAX_KEY_BYTES or value_size > MAX_VALUE_BYTES:
-            raise StoreAway(
+            raise Unkeepable(
                 f"{description}: a record may have {MAX_KEY_BYTES} bytes of key and {MAX_VALUE_BYTES} of value;"
-                " this one is larger and nothing was changed"
+                " this one is larger"
             )
 
 
@@ -47,11 +47,11 @@ def refuse_unkeepable_changes(description: str, changes: Sequence[Change]) -> No
     """As `refuse_unkeepable`, and no key may come twice: which of its changes is first would count.
 
     Raises:
-        StoreAway: the changes cannot be kept.
+        Unkeepable: the changes cannot be kept.
     """
     refuse_unkeepable(description, ((change.key, change.after) for change in changes))
     if len({change.key for change in changes}) < len(changes):
-        raise StoreAway(f"{description}: two changes of one record at once; nothing was changed")
+        raise Unkeepable(f"{description}: two changes of one record at once")
 
 
 def growth(changes: Sequence[Change]) -> int:

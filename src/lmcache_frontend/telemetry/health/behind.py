@@ -30,8 +30,8 @@ def not_reached(answer: Answer, node: Node, proxy: str) -> str | None:
     Args:
         proxy: the name of the one that the node lies behind.
     """
-    if not node.reach.prefix:
-        return None
+    if not node.reach.prefix or (answer.sandboxed and len(node.through) == 1):
+        return None  # its own, or what the one frontend between, one of ours, has from it
     detail = _detail(answer)
     who = f"a frontend behind {proxy}" if answer.sandboxed else proxy
     if answer.status == 404 and _NOT_THERE.fullmatch(detail):
