@@ -818,11 +818,11 @@ def started(command: Sequence[str], told: str, **environ: str) -> Iterator[subpr
         child.communicate()
 
 
-def ask(port: int, path: str) -> bytes:
+def ask(port: int, path: str, body: bytes | None = None) -> bytes:
     deadline = time.monotonic() + 10
     while True:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as response:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", body, timeout=10) as response:
                 return response.read()
         except urllib.error.URLError:
             if time.monotonic() > deadline:
@@ -858,6 +858,8 @@ def test_the_units_lines_run(tmp_path: Path) -> None:
         for path in sockets:
             assert path.stat().st_mode & 0o777 == 0o660
         assert b"healthy" in ask(port, "/health")
+        added = {"name": "added", "host": "10.0.0.1", "port": 7000}
+        assert b"success" in ask(port, "/api/proxies/local_proxy/nodes", json.dumps(added).encode())
         assert (tmp_path / "lmcache-ops" / "frontend.db").exists()
         for name in ("lmcache_scheduler", "lmcache_worker0"):
             assert b"lmcache:" in ask(port, f"/proxy2/{name}/metrics")

@@ -188,7 +188,9 @@ async def test_changes_are_made_one_at_a_time(api_server: StartApi, monkeypatch:
             return response.status
 
     waiting = [asyncio.create_task(ask()) for _ in range(3)]
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    refused = asyncio.as_completed(waiting)
+    for _ in range(2):
+        assert await next(refused) == 503
     gate.set()
     assert sorted(await asyncio.gather(*waiting)) == [200, 503, 503]
     assert most == [1]

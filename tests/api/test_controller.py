@@ -771,7 +771,7 @@ async def test_what_never_ends_delays_nobody(api_server: StartApi, serve: Serve,
 
 
 async def test_an_answer_comes_before_the_calls_deadline(api_server: StartApi, serve: Serve) -> None:
-    server = await api_server("controller", controller_answer_seconds=60, internal_api_server_call_seconds=0.5)
+    server = await api_server("controller", controller_answer_seconds=60, internal_api_server_call_seconds=3)
 
     async def hangs(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(100)
@@ -810,9 +810,10 @@ async def test_clear_and_health_and_what_they_ask(here: RunningApi, serve: Serve
 
 
 async def test_a_worker_that_hangs_has_few_questions_at_once(
-    here: RunningApi, serve: Serve, monkeypatch: pytest.MonkeyPatch
+    api_server: StartApi, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fan_out, "ASKED_OF_ONE", 3)
+    here = await api_server("controller", controller_answer_seconds=3)
     asked = 0
 
     async def hangs(request: web.Request) -> web.StreamResponse:
