@@ -2,8 +2,9 @@
 
 All of them stand before the same Unix socket, on which another nginx answers 7 bytes of JSON or a large file. They take
 turns, each with 32 keep-alive connections of one load generator, which is a process of its own; `ratio` is the median
-over the rounds of this one's requests per second by nginx's in the same round. Memory is the greatest resident size that
-the kernel knows of the process (`VmHWM`) beyond that before the large body.
+over the rounds of this one's requests per second by nginx's in the same round. CPU time is that of the
+worker alone. Memory is the greatest resident size that the kernel knows of the process (`VmHWM`) beyond that before the
+large body.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Contender:
     pid: int
     rates: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    """Microseconds for each request."""
     speeds: list[float] = field(default_factory=list)
     grown: float = 0.0
 
@@ -74,11 +77,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for number in range(options.rounds):
             for one in contenders:
                 harness.progress(f"round {number + 1}, {one.name}")
+                cpu = _cpu(one.pid)
                 words = load.ask(f"small {one.port} {one.path}small 32 {options.seconds}")
                 if words[0] == "failed":
                     raise harness.BenchmarkError(f"{one.name}: {' '.join(words)}")
                 one.rates.append(int(words[0]) / float(words[1]))
                 one.p99.append(float(words[3]))
+                one.cpu.append((_cpu(one.pid) - cpu) / int(words[4]) * 1e6)
         for number in range(options.rounds if options.mib else 0):
             for one in contenders:
                 if one.name == "dashboard" and number:
@@ -91,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     raise harness.BenchmarkError(f"{one.name}: the large body is cut: {words[0]} bytes")
                 one.grown = max(one.grown, (_memory(one.pid, "VmHWM") - before) / 1024)
     print()
-    heads = ("", "requests/s", "ratio", "p99, ms", "ratio", "MB/s", "ratio", "MiB grown")
+    heads = ("", "requests/s", "ratio", "p99, ms", "ratio", "CPU, us", "ratio", "MB/s", "ratio", "MiB grown")
     print(harness.table_text(heads, [_row(one, contenders[0]) for one in contenders]))
     return {"machine": machine, "contenders": [vars(one) for one in contenders]}
 
@@ -99,6 +104,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _row(one: Contender, nginx: Contender) -> list[str]:
     cells = [one.name, f"{statistics.median(one.rates):.0f}", _ratio(one.rates, nginx.rates)]
     cells += [f"{statistics.median(one.p99):.2f}", _ratio(one.p99, nginx.p99)]
+    cells += [f"{statistics.median(one.cpu):.1f}", _ratio(one.cpu, nginx.cpu)]
     if not one.speeds:
         return [*cells, "-", "-", "-"]
     return [*cells, f"{statistics.median(one.speeds) / 1e6:.0f}", _ratio(one.speeds, nginx.speeds), f"{one.grown:.1f}"]
@@ -106,6 +112,11 @@ def _row(one: Contender, nginx: Contender) -> list[str]:
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
     return f"{statistics.median(mine / their for mine, their in zip(ours, theirs, strict=False)):.3f}"
+
+
+def _cpu(pid: int) -> float:
+    """Seconds of CPU time until now."""
+    return time.clock_gettime((~pid << 3) | 2)  # clock_getcpuclockid(3)
 
 
 def _memory(pid: int, key: str) -> int:

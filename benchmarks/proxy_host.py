@@ -1,7 +1,8 @@
 """The processes beside `proxy.py`: the load generator, and a plain proxy as anybody would write one with aiohttp.
 
 proxy_host.py load: each line of standard input is a question, answered with one line of words:
-`small <port> <path> <connections> <seconds>` → requests, seconds, p50 and p99 in milliseconds;
+`small <port> <path> <connections> <seconds>` → requests, seconds,
+p50 and p99 in milliseconds, answers with those of the warm-up;
 `large <port> <path>` → bytes, seconds.
 proxy_host.py plain <port> <socket>
 """
@@ -27,6 +28,7 @@ class Caller(asyncio.Protocol):
         self.request = request
         self.times = times
         self.counts = self.stopped = False
+        self.answers = 0
         self.failed = ""
         self._got = b""
         self._whole = 0
@@ -55,6 +57,7 @@ class Caller(asyncio.Protocol):
                 return
             self._whole = end + 4 + int(head[at + 16 :].split(b"\r", 1)[0])
         if len(self._got) >= self._whole:
+            self.answers += 1
             if self.counts:
                 self.times.append(time.perf_counter() - self._asked)
             if not self.stopped:
@@ -87,7 +90,8 @@ async def small(port: int, path: str, connections: int, seconds: float) -> str:
         return "failed " + failed.replace(" ", "_")
     times.sort()
     quantiles = [times[min(len(times) - 1, int(len(times) * part))] * 1000 for part in (0.5, 0.99)]
-    return f"{len(times)} {took} {quantiles[0]} {quantiles[1]}"
+    answers = sum(caller.answers for _, caller in pairs)
+    return f"{len(times)} {took} {quantiles[0]} {quantiles[1]} {answers}"
 
 
 def large(port: int, path: str) -> str:

@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import Metric
 
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Proxy
 from lmcache_frontend.nodes.registry import Registry
-from lmcache_frontend.proxy.transport import Traffic
+from lmcache_frontend.proxy.answering import Traffic
 from lmcache_frontend.telemetry.health.board import HealthBoard
 from lmcache_frontend.telemetry.metrics.scrape import OURS, Outcome, Wanted
 from lmcache_shared.address import Address
@@ -198,9 +198,10 @@ class OwnMetrics:
         self._bytes = self._counter("proxy_bytes_total")
         self._errors = self._counter("proxy_errors_total")
         name, _, labels, text = FAMILIES["proxy_request_seconds"]
-        self._series: dict[TargetLabels, set[tuple[Counter, str]]] = {}
-        """Which counters have a target's series, and with which last label."""
+        self._series: dict[TargetLabels, dict[tuple[Counter, str], Counter]] = {}
+        """A target's series, by their counters and last labels: looking one up by its labels costs more than counting."""
         self._seconds = Histogram(name, text, labels, buckets=REQUEST_SECONDS_BUCKETS, registry=self._registry)
+        self._seconds_of: dict[str, Histogram] = {}
 
     def _counter(self, short: str) -> Counter:
         name, _, labels, text = FAMILIES[short]
@@ -230,7 +231,7 @@ class OwnMetrics:
             raise
         finally:
             self._count(self._requests, target, f"{watched.status // 100}xx")
-            self._seconds.labels(target.kind).observe(time.perf_counter() - began)
+            self._observe(target.kind, time.perf_counter() - began)
             for direction, count in (("sent", watched.traffic.sent), ("received", watched.traffic.received)):
                 if count:
                     self._count(self._bytes, target, direction, count)
@@ -262,8 +263,17 @@ class OwnMetrics:
     def _count(self, counter: Counter, target: TargetLabels, last: str, amount: float = 1) -> None:
         if target not in self._targets.known:
             target = OTHER  # it left while it was asked
-        self._series.setdefault(target, set()).add((counter, last))
-        counter.labels(*target, last).inc(amount)
+        of_target = self._series.setdefault(target, {})
+        series = of_target.get((counter, last))
+        if series is None:
+            series = of_target[counter, last] = counter.labels(*target, last)
+        series.inc(amount)
+
+    def _observe(self, kind: str, seconds: float) -> None:
+        series = self._seconds_of.get(kind)
+        if series is None:
+            series = self._seconds_of[kind] = self._seconds.labels(kind)
+        series.observe(seconds)
 
     def _forget_the_gone(self) -> None:
         """Series of nodes that are no longer registered end, or they would pile up as nodes come and go."""
