@@ -85,7 +85,7 @@ async def send_back(
             await writer.write(piece, drain=False)
             await writer.write(after, drain=False)
         if protocol.writing_paused:
-            with _cut_off_late_reader(request):
+            with cut_off_late_reader(request):
                 await writer.drain()
         if is_end:
             return Written(answer.status, keep_alive=keep_alive, length=traffic.received)
@@ -111,7 +111,7 @@ def _head(answer: Answer, fields: list[tuple[bytes, bytes]], names: set[bytes], 
 
 
 @contextlib.contextmanager
-def _cut_off_late_reader(request: web.Request) -> Iterator[None]:
+def cut_off_late_reader(request: web.Request) -> Iterator[None]:
     """A caller that takes no piece within `IDLE_SECONDS` is cut off: it must not hold a connection to the target.
 
     A timer, not `wait_for`: that makes a task for every piece up to Python 3.11.

@@ -69,11 +69,24 @@ class Answer(Protocol):
         """The connection goes back to its pool when the answer was read to its end, and is closed otherwise."""
 
 
-class Tunnel(Protocol):
-    """The target's end of a connection after `101 Switching Protocols`; bytes that come are taken as of an `Answer`."""
+class Tunnel(Answer, Protocol):
+    """The target's end of a connection after `101 Switching Protocols`; its bytes are taken as an answer's body.
 
-    async def send(self, data: bytes) -> None:
-        """Pass bytes on, with back-pressure."""
+    Every answer of a transport is one; that it is used as one needs the status 101.
+    """
+
+    def push(self, data: bytes) -> bool:
+        """Pass bytes on; whether the target is now to be waited for."""
+
+    async def drained(self) -> None:
+        """Until the target has taken what was pushed.
+
+        Raises:
+            ConnectionError: it is gone.
+        """
+
+    def touch(self) -> None:
+        """The tunnel is alive: its idle time begins anew."""
 
 
 class Transport(Protocol):
@@ -83,7 +96,7 @@ class Transport(Protocol):
     def in_use(self) -> bool:
         """Whether a request or an answer is on its way."""
 
-    async def request(self, outgoing: Outgoing) -> Answer:
+    async def request(self, outgoing: Outgoing) -> Tunnel:
         """Send a request, and wait for the head of its answer.
 
         Raises:

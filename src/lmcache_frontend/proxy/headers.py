@@ -46,7 +46,8 @@ _OF_A_REQUEST = HOP_BY_HOP | {
     b"x-forwarded-prefix",
 }
 """And those that this server has acted on: the target has a host of its own, `100 Continue` went out, and whether
-another site's page asks has been looked at (`Origin` names this host, which is none to the target). `Via` and `X-Forwarded-*` are continued.
+another site's page asks has been looked at (`Origin` names this host, which is none to the target). `Via` and
+`X-Forwarded-*` are continued.
 """
 
 _OF_AN_ANSWER = HOP_BY_HOP | {
@@ -122,14 +123,16 @@ def answer_fields(raw: Fields, wanted: ProxiedPath) -> list[tuple[bytes, bytes]]
         prefix, skipped = wanted.prefix.encode("utf-8", "surrogateescape"), wanted.skipped.encode()
         for name, value in own:
             if name.lower() == b"set-cookie":
-                fields.append((name, _COOKIE_PATH.sub(lambda found: found[1] + _moved(found[2], prefix, skipped), value)))
+                fields.append(
+                    (name, _COOKIE_PATH.sub(lambda found: found[1] + _moved(found[2], prefix, skipped), value))
+                )
             else:
                 fields.append((name, _location(value, wanted.address, prefix, skipped)))
     return fields
 
 
 def _location(value: bytes, address: Address, prefix: bytes, skipped: bytes) -> bytes:
-    """A reference (RFC 9110, section 10.2.2): one to the target itself, or to a path on it, leads through the frontend."""
+    """A reference (RFC 9110, section 10.2.2): one to the target leads through the frontend."""
     authority = str(address) if isinstance(address, TcpAddress) else "localhost"
     start, path = value[: len(authority) + 7], value[len(authority) + 7 :]
     if start.lower() == f"http://{authority}".lower().encode() and path[:1] in (b"", b"/", b"?", b"#"):

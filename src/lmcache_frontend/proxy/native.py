@@ -18,11 +18,11 @@ import httptools
 from lmcache_frontend.proxy import limits
 from lmcache_frontend.proxy.connect import connect
 from lmcache_frontend.proxy.exchange import (
-    Answer,
     Body,
     BrokenOff,
     Fields,
     Outgoing,
+    Tunnel,
     no_answer,
     not_reached,
     overloaded,
@@ -63,10 +63,12 @@ class NativeTransport:
         self._waiting: deque[asyncio.Future[_Connection | None]] = deque()
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
-        host = str(address) if isinstance(address, TcpAddress) else "localhost"
+        host = "localhost"
+        if isinstance(address, TcpAddress):  # an IPv6 scope is for this machine alone (RFC 6874)
+            host = str(TcpAddress(address.host.partition("%")[0], address.port))
         self._after_path = f" HTTP/1.1\r\nHost: {host}\r\n".encode()
 
-    async def request(self, outgoing: Outgoing) -> Answer:
+    async def request(self, outgoing: Outgoing) -> Tunnel:
         body = outgoing.body
         whole = body.whole() if body is not None else None
         head = self._head(outgoing)
@@ -225,7 +227,7 @@ class _Stale(Exception):
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, and the answer that it reads: an `Answer`."""
+    """One connection, and the answer that it reads, or the tunnel that it becomes: a `Tunnel`."""
 
     def __init__(self, address: Address, left: Callable[[_Connection], None]) -> None:
         self.is_reused = False
@@ -299,7 +301,10 @@ class _Connection(asyncio.Protocol):
             if self._reading_paused and self._transport is not None:
                 self._reading_paused = False
                 self._transport.resume_reading()
-            self._expect(limits.UPGRADE_IDLE_SECONDS if self._is_tunnel else limits.IDLE_SECONDS)
+            if self._is_tunnel:
+                self.touch()
+            else:
+                self._expect(limits.IDLE_SECONDS)
             return data, self._ended
         if not self._ended and self._error is not None:
             raise self._error
@@ -314,20 +319,26 @@ class _Connection(asyncio.Protocol):
         finally:
             self._waiter = None
 
-    async def send(self, data: bytes) -> None:
+    def push(self, data: bytes) -> bool:
         """Pass bytes on: a piece of a request's body, or of a tunnel."""
         if self._transport is None or self._transport.is_closing():
-            raise BrokenOff("the target hangs up")
+            return True  # `drained` tells
+        if self._is_tunnel:
+            self.touch()
         self._transport.write(data)
+        return self._writing_paused
+
+    async def drained(self) -> None:
         if self._writing_paused:
             self._writable = self._loop.create_future()
             try:
                 await self._writable
             finally:
                 self._writable = None
+        if self._transport is None or self._transport.is_closing():
+            raise BrokenOff("the target hangs up")
 
     def touch(self) -> None:
-        """The other direction of a tunnel is alive."""
         self._expect(limits.UPGRADE_IDLE_SECONDS)
 
     def release(self) -> None:
@@ -339,7 +350,10 @@ class _Connection(asyncio.Protocol):
                 self._sending.cancel()
                 self._keep = False
             self._sending = None
-        if not (self._ended and self._keep and self._error is None) or self._reading_paused:
+        if self._is_tunnel and self._error is None and self._transport is not None:
+            self._transport.close()  # what was pushed still goes out, for so long
+            self._loop.call_later(limits.IDLE_SECONDS, self.abort)
+        elif not (self._ended and self._keep and self._error is None) or self._reading_paused:
             self.abort()
         self._deadline = math.inf
         self.is_reused = True
@@ -347,7 +361,7 @@ class _Connection(asyncio.Protocol):
         self._left(self)
 
     def abort(self) -> None:
-        if self._transport is not None and not self._transport.is_closing():
+        if self._transport is not None and (self._is_tunnel or not self._transport.is_closing()):
             self._transport.abort()
         if self._timer is not None:
             self._timer.cancel()
@@ -363,9 +377,10 @@ class _Connection(asyncio.Protocol):
                 self._expect(limits.FIRST_BYTE_SECONDS)
                 if not piece:
                     break
-                await self.send(b"%x\r\n%b\r\n" % (len(piece), piece) if body.is_chunked else piece)
-            if body.is_chunked:
-                await self.send(b"0\r\n\r\n")
+                if self.push(b"%x\r\n%b\r\n" % (len(piece), piece) if body.is_chunked else piece):
+                    await self.drained()
+            if body.is_chunked and self.push(b"0\r\n\r\n"):
+                await self.drained()
         except ConnectionError:
             self._keep = False  # its reader finds out, unless an answer says why
         except Exception as error:

@@ -12,11 +12,11 @@ from yarl import URL
 
 from lmcache_frontend.proxy import limits
 from lmcache_frontend.proxy.exchange import (
-    Answer,
     Body,
     BrokenOff,
     Fields,
     Outgoing,
+    Tunnel,
     no_answer,
     not_reached,
     overloaded,
@@ -64,7 +64,7 @@ class PlainTransport:
             return URL.build(scheme="http", authority=str(self.address), path=path, encoded=True)
         return URL.build(scheme="http", host="localhost", path=path, encoded=True)
 
-    async def request(self, outgoing: Outgoing) -> Answer:
+    async def request(self, outgoing: Outgoing) -> Tunnel:
         if self._waiting + self._answers >= limits.CONNECTIONS_PER_TARGET + limits.WAITING_PER_TARGET:
             raise overloaded(self.address)
         self._waiting += 1
@@ -87,7 +87,7 @@ class PlainTransport:
             raise no_answer(reason(error)) from None
         finally:
             self._waiting -= 1
-        if not 200 <= upstream.status <= 599:
+        if not (200 <= upstream.status <= 599 or (upstream.status == 101 and outgoing.upgrade)):
             upstream.close()
             raise no_answer(f"it answers with the status {upstream.status}")
         self._answers += 1
@@ -111,6 +111,7 @@ class _PlainAnswer:
         ]
         self._transport: PlainTransport | None = transport
         self._upstream = upstream
+        self._content: aiohttp.StreamReader = upstream.content
         self._piece = b""
         self._lost: asyncio.Future[None] | None = None
         protocol = upstream.connection.protocol if upstream.connection is not None else None
@@ -120,9 +121,12 @@ class _PlainAnswer:
             else:
                 self._lost = protocol.closed
                 self._lost.add_done_callback(self._connection_lost)
+            if upstream.status == 101:
+                self._content = aiohttp.StreamReader(protocol, limits.BUFFERED_BYTES, loop=asyncio.get_running_loop())
+                protocol.set_parser(_Raw(self._content), self._content)
 
     def take(self) -> tuple[bytes, bool]:
-        content = self._upstream.content
+        content = self._content
         try:
             piece, self._piece = self._piece or content.read_nowait(-1), b""
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
@@ -130,7 +134,7 @@ class _PlainAnswer:
         return piece, content.at_eof()
 
     async def wait(self) -> None:
-        content = self._upstream.content
+        content = self._content
         try:
             if not self._piece and not content.at_eof():
                 self._piece = await content.readany()
@@ -142,20 +146,54 @@ class _PlainAnswer:
             return
         if self._lost is not None:
             self._lost.remove_done_callback(self._connection_lost)  # a connection serves many answers
-        if self._upstream.content.at_eof():
+        if self._content.at_eof() and self.status != 101:
             self._upstream.release()
         else:
             self._upstream.close()
         self._transport.released()
         self._transport = None
 
+    def push(self, data: bytes) -> bool:
+        self.touch()
+        connection = self._upstream.connection
+        if connection is None or connection.transport is None or connection.transport.is_closing():
+            return True
+        connection.transport.write(data)
+        return bool(connection.protocol is not None and connection.protocol.writing_paused)
+
+    async def drained(self) -> None:
+        connection = self._upstream.connection
+        if connection is None or connection.protocol is None or connection.transport is None:
+            raise BrokenOff("the target hangs up")
+        await connection.protocol._drain_helper()
+
+    def touch(self) -> None:
+        connection = self._upstream.connection
+        if connection is not None and connection.protocol is not None:
+            connection.protocol.read_timeout = limits.UPGRADE_IDLE_SECONDS
+            connection.protocol.start_timeout()
+
     def _connection_lost(self, _: object = None) -> None:
         """aiohttp (3.14) closes the connection when the framing of a body breaks in the middle, but never tells the
         reader, who would wait for ever.
         """
-        content = self._upstream.content
+        content = self._content
         if not content.is_eof() and content.exception() is None:
             content.set_exception(aiohttp.ClientPayloadError("the connection was lost"))
+
+
+class _Raw:
+    """What comes on an upgraded connection, as aiohttp's client feeds it."""
+
+    def __init__(self, content: aiohttp.StreamReader) -> None:
+        self._content = content
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        self._content.feed_data(data)
+        return False, b""
+
+    def feed_eof(self) -> None:
+        self._content.feed_eof()
 
 
 async def _pieces(body: Body) -> AsyncIterator[bytes]:

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from aiohttp import web
 
 from lmcache_frontend.proxy import limits
-from lmcache_frontend.proxy.answering import Traffic, send_back
+from lmcache_frontend.proxy.answering import Traffic, Written, send_back
 from lmcache_frontend.proxy.exchange import Outgoing, Transport
 from lmcache_frontend.proxy.headers import answer_fields, request_fields
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.target import ProxiedPath
+from lmcache_frontend.proxy.tunnel import FIELDS, asks_for_upgrade, pass_on
 from lmcache_shared.address import Address
 from lmcache_shared.errors import Refusal
 
@@ -66,7 +67,7 @@ class Targets:
 
 
 async def forward(request: web.Request, target: Transport, wanted: ProxiedPath, traffic: Traffic) -> web.StreamResponse:
-    """Send the request on to the path that is `wanted` of `target`, and its answer back; `traffic` is counted meanwhile.
+    """Send the request on to the path that is `wanted` of `target`, and its answer back; `traffic` is counted.
 
     No body is held whole. An answer that breaks off breaks the caller's connection off too, so that half an answer
     never looks whole.
@@ -75,18 +76,23 @@ async def forward(request: web.Request, target: Transport, wanted: ProxiedPath, 
         Refusal: 502 when the target cannot be reached or speaks no HTTP, 503 when too many ask, 504 when it is too
             slow.
     """
-    body = CallersBody(request, traffic) if request.can_read_body else None
-    answer = await target.request(Outgoing(request.method, wanted.path, request_fields(request, wanted.prefix), body))
+    body = CallersBody(request, traffic) if request.body_exists else None
+    outgoing = Outgoing(request.method, wanted.path, request_fields(request, wanted.prefix), body)
+    if "Upgrade" in request.headers and asks_for_upgrade(request):
+        outgoing.upgrade = True
+        outgoing.fields.extend(FIELDS)
+    answer = await target.request(outgoing)
     try:
-        return await send_back(request, answer, answer_fields(answer.fields, wanted), traffic)
+        fields = answer_fields(answer.fields, wanted)
+        if answer.status == 101:
+            return await pass_on(request, answer, fields, traffic)
+        return await send_back(request, answer, fields, traffic)
     except ConnectionError as error:
         traffic.broke_off = True
         logger.info("%s %s broke off: %s", request.method, request.path, error or type(error).__name__)
         if request.transport is not None:
             request.transport.abort()
-        response = web.StreamResponse(status=answer.status)
-        response.force_close()
-        return response
+        return Written(answer.status, keep_alive=False, length=traffic.received)
     finally:
         answer.release()
 

@@ -199,7 +199,7 @@ class OwnMetrics:
         self._errors = self._counter("proxy_errors_total")
         name, _, labels, text = FAMILIES["proxy_request_seconds"]
         self._series: dict[TargetLabels, dict[tuple[Counter, str], Counter]] = {}
-        """A target's series, by their counters and last labels: looking one up by its labels costs more than counting."""
+        """A target's series, by their counters and last labels: to look one up costs more than to count."""
         self._seconds = Histogram(name, text, labels, buckets=REQUEST_SECONDS_BUCKETS, registry=self._registry)
         self._seconds_of: dict[str, Histogram] = {}
 
