@@ -100,16 +100,23 @@ def request_fields(request: web.Request, prefix: str) -> list[tuple[bytes, bytes
         prefix: what its path has before the target's own.
     """
     fields, own = _end_to_end(request.raw_headers, _OF_A_REQUEST, _CONTINUED)
-    fields.append((b"Via", _joined(own, b"via", _VIA)))
-    peer = request.transport.get_extra_info("peername") if request.transport is not None else None
-    if isinstance(peer, tuple):
-        fields.append((b"X-Forwarded-For", _joined(own, b"x-forwarded-for", str(peer[0]).encode())))
-    host = _first(own, b"x-forwarded-host") or _first(own, b"host")
+    path = prefix.encode("utf-8", "surrogateescape")
+    peer = (request.remote or "").encode()
+    if len(own) == 1 and own[0][0].lower() == b"host":  # as of every caller that is no proxy
+        via, host, proto = _VIA, own[0][1], b"http"
+    else:
+        via = _joined(own, b"via", _VIA)
+        peer = _joined(own, b"x-forwarded-for", peer) if peer else b""
+        host = _first(own, b"x-forwarded-host") or _first(own, b"host")
+        proto = _first(own, b"x-forwarded-proto") or b"http"
+        path = _first(own, b"x-forwarded-prefix").rstrip(b"/") + path
+    fields.append((b"Via", via))
+    if peer:
+        fields.append((b"X-Forwarded-For", peer))
     if host:
         fields.append((b"X-Forwarded-Host", host))
-    fields.append((b"X-Forwarded-Proto", _first(own, b"x-forwarded-proto") or b"http"))
-    before = _first(own, b"x-forwarded-prefix").rstrip(b"/")
-    fields.append((b"X-Forwarded-Prefix", before + prefix.encode("utf-8", "surrogateescape")))
+    fields.append((b"X-Forwarded-Proto", proto))
+    fields.append((b"X-Forwarded-Prefix", path))
     return fields
 
 

@@ -7,10 +7,10 @@ All are `lmcache_frontend_*` and belong to one application. `docs/metrics.md` te
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from types import TracebackType
 from typing import NamedTuple
 
 from aiohttp import web
@@ -35,6 +35,8 @@ CALLER_LEFT = 499
 
 MAX_PREFIX_SEGMENTS = 32
 """Of a path, what is looked at for a node behind other frontends."""
+
+_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
 
 _REASONS = {403: "forbidden", 502: "unreachable", 504: "late"}
 
@@ -127,15 +129,35 @@ OTHER = TargetLabels("other", "")
 
 
 class Watched:
-    """A proxied request while it is counted."""
+    """A proxied request while it is counted; not a generator with a decorator, which costs as much as the counting."""
 
-    def __init__(self) -> None:
+    def __init__(self, ended: Callable[[Watched, str | None], None], target: TargetLabels) -> None:
         self.traffic = Traffic()
         self.status = 500
+        self.target = target
+        self.began = time.perf_counter()
+        self._ended = ended
 
     def answered(self, response: web.StreamResponse) -> web.StreamResponse:
         self.status = response.status
         return response
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        error: str | None = "failed"
+        if raised is None:
+            error = "broken_off" if self.traffic.broke_off else None
+        elif isinstance(raised, Refusal):
+            self.status = raised.status
+            error = _REASONS.get(raised.status, "failed")
+        elif isinstance(raised, asyncio.CancelledError):
+            self.status = CALLER_LEFT
+            error = "caller_left"
+        self._ended(self, error)
 
 
 class _Targets:
@@ -207,36 +229,21 @@ class OwnMetrics:
         name, _, labels, text = FAMILIES[short]
         return Counter(name, text, labels, registry=self._registry)
 
-    @contextlib.contextmanager
-    def watching(self, address: Address, path: str) -> Iterator[Watched]:
-        """Count a proxied request to `path` at `address`, however it ends."""
+    def watching(self, address: Address, path: str) -> Watched:
+        """Count a proxied request to `path` at `address`, however it ends: `with` it."""
         self._forget_the_gone()
-        target = self._targets.labels(address, path)
-        watched = Watched()
-        began = time.perf_counter()
-        error: str | None = None
-        try:
-            yield watched
-            error = "broken_off" if watched.traffic.broke_off else None
-        except Refusal as refusal:
-            watched.status = refusal.status
-            error = _REASONS.get(refusal.status, "failed")
-            raise
-        except asyncio.CancelledError:
-            watched.status = CALLER_LEFT
-            error = "caller_left"
-            raise
-        except BaseException:
-            error = "failed"
-            raise
-        finally:
-            self._count(self._requests, target, f"{watched.status // 100}xx")
-            self._observe(target.kind, time.perf_counter() - began)
-            for direction, count in (("sent", watched.traffic.sent), ("received", watched.traffic.received)):
-                if count:
-                    self._count(self._bytes, target, direction, count)
-            if error is not None:
-                self._count(self._errors, target, error)
+        return Watched(self._ended, self._targets.labels(address, path))
+
+    def _ended(self, watched: Watched, error: str | None) -> None:
+        target = watched.target
+        self._count(self._requests, target, _CLASSES[watched.status // 100])
+        self._observe(target.kind, time.perf_counter() - watched.began)
+        if watched.traffic.sent:
+            self._count(self._bytes, target, "sent", watched.traffic.sent)
+        if watched.traffic.received:
+            self._count(self._bytes, target, "received", watched.traffic.received)
+        if error is not None:
+            self._count(self._errors, target, error)
 
     def describe(self, wanted: Wanted, outcomes: Sequence[Outcome], conflicts: int) -> Callable[[], bytes]:
         """Writes the frontend's part of a round's exposition; where nodes were chosen, that of their scrapes alone.
