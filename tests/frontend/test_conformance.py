@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from lmcache_api.pytest_plugin import free_port
 from lmcache_frontend.proxy import limits, transport
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.plain import PlainTransport
@@ -587,6 +588,30 @@ async def test_a_head_without_end_is_a_502(between: Between) -> None:
     between.upstream.talk = talk
     head, _ = await asyncio.wait_for(between.ask("GET /proxy2/upstream/"), 10)
     assert head.startswith(b"HTTP/1.1 502 ")
+
+
+async def test_a_target_that_keeps_failing_is_skipped_for_a_moment(
+    frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SKIP_SECONDS", 0.3)
+    port = free_port()
+    frontend = await frontend_server(nodes=[{"name": "gone", "host": "127.0.0.1", "port": port}])
+
+    async def ask() -> tuple[int, str]:
+        async with frontend.client.get("/proxy2/gone/") as response:
+            assert ("Retry-After" in response.headers) == (response.status == 503)
+            return response.status, await response.text()
+
+    assert {(await ask())[0] for _ in range(limits.FAILURES)} == {502}
+    status, text = await ask()
+    assert status == 503
+    assert f"127.0.0.1:{port} is skipped for a moment after 5 failures: Failed to connect" in text
+    await asyncio.sleep(0.35)
+    assert [(await ask())[0] for _ in range(3)] == [502, 503, 503]  # one tries, the others are refused
+    server = await asyncio.start_server(answering(OK), "127.0.0.1", port)
+    await asyncio.sleep(0.35)
+    assert [await ask() for _ in range(3)] == [(200, "ok")] * 3
+    server.close()
 
 
 # -- upgrades

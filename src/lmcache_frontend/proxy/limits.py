@@ -25,6 +25,12 @@ CONNECTIONS = 8192
 RETRY_SECONDS = 1
 """What a refused caller is told to wait (`Retry-After`)."""
 
+FAILURES = 5
+"""After so many connections in a row that could not be made, a target is skipped."""
+
+SKIP_SECONDS = 1.0
+"""For so long; then one request tries."""
+
 KEEPALIVE_SECONDS = 4.0
 """An idle connection is dropped before its server does so: uvicorn, under LMCache's own servers, waits 5 seconds."""
 

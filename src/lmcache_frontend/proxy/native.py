@@ -16,6 +16,7 @@ from typing import cast
 import httptools
 
 from lmcache_frontend.proxy import limits
+from lmcache_frontend.proxy.breaker import Breaker
 from lmcache_frontend.proxy.connect import connect
 from lmcache_frontend.proxy.exchange import (
     Body,
@@ -57,6 +58,7 @@ class NativeTransport:
     def __init__(self, address: Address, room: Room | None = None) -> None:
         self.address = address
         self._room = room or Room()
+        self._breaker = Breaker(address)
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
         self._connecting = 0
@@ -135,6 +137,7 @@ class NativeTransport:
             raise overloaded(self.address)
         if self._closed:
             raise not_reached(self.address)
+        self._breaker.check()
         self._connecting += 1
         self._room.taken += 1
         connection = None
@@ -143,14 +146,15 @@ class NativeTransport:
                 self.address, lambda: _Connection(self.address, self._left), limits.CONNECT_SECONDS
             )
         except asyncio.TimeoutError:
-            raise timed_out(self.address) from None
+            raise self._breaker.failed(timed_out(self.address)) from None
         except OSError:
-            raise not_reached(self.address) from None
+            raise self._breaker.failed(not_reached(self.address)) from None
         finally:
             self._connecting -= 1
             if connection is None:
                 self._room.taken -= 1
                 self._give_way()
+        self._breaker.connected()
         self._busy.add(connection)
         connection.counts = True
         return connection
@@ -303,7 +307,7 @@ class _Connection(asyncio.Protocol):
                 self._transport.resume_reading()
             if self._is_tunnel:
                 self.touch()
-            else:
+            elif not self._ended:
                 self._expect(limits.IDLE_SECONDS)
             return data, self._ended
         if not self._ended and self._error is not None:

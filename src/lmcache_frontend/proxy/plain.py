@@ -11,6 +11,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from lmcache_frontend.proxy import limits
+from lmcache_frontend.proxy.breaker import Breaker
 from lmcache_frontend.proxy.exchange import (
     Body,
     BrokenOff,
@@ -37,6 +38,7 @@ class PlainTransport:
 
     def __init__(self, address: Address) -> None:
         self.address = address
+        self._breaker = Breaker(address)
         self._waiting = 0
         self._answers = 0
         self.session = aiohttp.ClientSession(
@@ -67,6 +69,7 @@ class PlainTransport:
     async def request(self, outgoing: Outgoing) -> Tunnel:
         if self._waiting + self._answers >= limits.CONNECTIONS_PER_TARGET + limits.WAITING_PER_TARGET:
             raise overloaded(self.address)
+        self._breaker.check()
         self._waiting += 1
         try:
             upstream = await self.session.request(
@@ -78,15 +81,16 @@ class PlainTransport:
             )
         except aiohttp.ConnectionTimeoutError:
             full = self._answers >= limits.CONNECTIONS_PER_TARGET
-            raise (overloaded(self.address) if full else timed_out(self.address)) from None
+            raise (overloaded(self.address) if full else self._breaker.failed(timed_out(self.address))) from None
         except asyncio.TimeoutError:
             raise timed_out(self.address) from None
         except aiohttp.ClientConnectorError:
-            raise not_reached(self.address) from None
+            raise self._breaker.failed(not_reached(self.address)) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise no_answer(reason(error)) from None
         finally:
             self._waiting -= 1
+        self._breaker.connected()
         if not (200 <= upstream.status <= 599 or (upstream.status == 101 and outgoing.upgrade)):
             upstream.close()
             raise no_answer(f"it answers with the status {upstream.status}")
