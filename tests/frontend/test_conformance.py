@@ -508,6 +508,25 @@ async def test_an_answer_before_the_end_of_the_body(between: Between) -> None:
     writer.close()
 
 
+async def test_a_body_that_breaks_while_the_answer_comes_breaks_that_off(
+    between: Between, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiohttp's server does not tell the body's reader of broken framing, so that its time limit has to."""
+    monkeypatch.setattr(limits, "IDLE_SECONDS", 0.5)
+    begun = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n"
+    between.upstream.talk = answering(begun, pause=5)
+    reader, writer = await between.connect()
+    writer.write(b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+    await asyncio.wait_for(reader.readuntil(b"half"), 5)
+    writer.write(b"nonsense\r\n")
+    rest = b""
+    with contextlib.suppress(ConnectionError):
+        rest = await asyncio.wait_for(reader.read(), 5)
+    assert b"0\r\n\r\n" not in rest
+    assert b"HTTP/1.1" not in rest, "no second answer within the first"
+    writer.close()
+
+
 # -- bounds
 
 

@@ -87,7 +87,7 @@ async def forward(request: web.Request, target: Transport, wanted: ProxiedPath, 
         if answer.status == 101:
             return await pass_on(request, answer, fields, traffic)
         return await send_back(request, answer, fields, traffic)
-    except ConnectionError as error:
+    except (ConnectionError, Refusal) as error:  # also of the request's body: the answer has begun
         traffic.broke_off = True
         logger.info("%s %s broke off: %s", request.method, request.path, error or type(error).__name__)
         if request.transport is not None:
