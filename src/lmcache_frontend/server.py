@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 from collections.abc import Iterable, Iterator
@@ -96,6 +97,7 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
     if not options.no_http:
         async with FrontendServer(options, nodes) as server:
             with _hangup_reloads(server.cluster):
+                gc.freeze()  # what is here now stays: looking at it again and again holds requests up for milliseconds
                 say(f"frontend serves on http://{server.address} ({_nodes(server.cluster)})")
                 await stop.wait()
             say("stopping")

@@ -28,4 +28,4 @@ async def _proxied(request: web.Request, wanted: target.ProxiedPath) -> web.Stre
     with request.app[OWN_METRICS].watching(wanted.address, wanted.path) as watched:
         allowed = request.app[POLICY].allowed(request, wanted.address)
         found = await request.app[TARGETS].get(allowed)
-        return watched.answered(await forward(request, found, wanted.path, watched.traffic))
+        return watched.answered(await forward(request, found, wanted, watched.traffic))

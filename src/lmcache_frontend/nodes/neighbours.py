@@ -22,7 +22,7 @@ import msgspec
 
 from lmcache_frontend.nodes.node import LOCAL_PROXY, MAX_NODES, Node, Proxy, named_path
 from lmcache_frontend.nodes.registry import Registry
-from lmcache_frontend.proxy.transport import Target, reason
+from lmcache_frontend.proxy.plain import PlainTransport, reason
 from lmcache_shared import address
 from lmcache_shared.blocking import BlockingPool
 from lmcache_shared.errors import AddressError, OpsError, Refusal
@@ -273,7 +273,7 @@ async def _fetch(head: Proxy) -> bytes | None:
     Raises:
         ValueError: it answers with an error of its own, or more than it may.
     """
-    target = Target(head.address)
+    target = PlainTransport(head.address)
     try:
         async with target.session.get(target.url("/api/nodes?detail=true"), allow_redirects=False) as response:
             body = bytearray()
@@ -282,7 +282,7 @@ async def _fetch(head: Proxy) -> bytes | None:
                 if len(body) > MAX_ANSWER_BYTES:
                     raise ValueError(f"/api/nodes answers more than {MAX_ANSWER_BYTES} bytes")
     finally:
-        await target.session.close()
+        await target.close()
     if response.status >= 500:
         raise ValueError(f"/api/nodes answers {response.status}")
     return bytes(body) if response.status == 200 else None

@@ -1,45 +1,82 @@
-"""Which header fields go on to the other side (RFC 9110, sections 7.6.1 and 7.6.3)."""
+"""Which header fields go on to the other side (RFC 9110, sections 7.6.1 and 7.6.3), and what they say there.
+
+They are read and written as bytes, as they came: a value in some old encoding reaches the other side unharmed. What a
+field may hold has been checked by the parser that read it.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from aiohttp import web
-from multidict import CIMultiDict, MultiMapping
 
+from lmcache_frontend.proxy.exchange import Fields
+from lmcache_frontend.proxy.target import ProxiedPath
+from lmcache_shared.address import Address, TcpAddress
 from lmcache_shared.errors import Refusal
 
 HOP_BY_HOP = frozenset(
     {
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
     }
 )
 """Fields that concern one connection alone. `Connection` names further ones."""
 
-_ANSWERED_HERE = frozenset(
-    {"host", "expect", "origin", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user"}
-)
-"""Request fields that this server has acted on: the target has a host of its own, `100 Continue` went out, and whether
-another site's page asks has been looked at (`Origin` names this host, which is none to the target).
+_OF_A_REQUEST = HOP_BY_HOP | {
+    b"host",
+    b"expect",
+    b"origin",
+    b"sec-fetch-site",
+    b"sec-fetch-mode",
+    b"sec-fetch-dest",
+    b"sec-fetch-user",
+    b"via",
+    b"x-forwarded-for",
+    b"x-forwarded-host",
+    b"x-forwarded-proto",
+    b"x-forwarded-prefix",
+}
+"""And those that this server has acted on: the target has a host of its own, `100 Continue` went out, and whether
+another site's page asks has been looked at (`Origin` names this host, which is none to the target). `Via` and
+`X-Forwarded-*` are continued.
 """
 
-_NOT_FOR_THIS_ORIGIN = frozenset({"clear-site-data", "service-worker-allowed", "content-security-policy"})
+_OF_AN_ANSWER = HOP_BY_HOP | {
+    b"clear-site-data",
+    b"service-worker-allowed",
+    b"content-security-policy",
+    b"x-content-type-options",
+    b"location",
+    b"set-cookie",
+}
+"""A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing."""
 
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_FRAMING = frozenset({b"content-length", b"host"})
+"""What `Connection` cannot make anybody drop: it would change where the body ends."""
+
+_CONTINUED = frozenset(
+    {b"host", b"via", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-forwarded-prefix"}
+)
+_REWRITTEN = frozenset({b"location", b"set-cookie"})
+
+_COOKIE_PATH = re.compile(rb"(;[ \t]*path[ \t]*=[ \t]*)(/[^;]*)", re.IGNORECASE)
 
 VIA = "1.1 lmcache-frontend"
+_VIA = VIA.encode()
 
 MAX_FRONTENDS = 12
 """A request that has passed more frontends goes in a circle."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def refuse_loops(request: web.Request) -> None:
@@ -48,40 +85,109 @@ def refuse_loops(request: web.Request) -> None:
     Raises:
         Refusal: 508 (RFC 5842, section 7.2).
     """
-    passed = sum(via.count(VIA) for via in request.headers.getall("Via", []))
+    if "Via" not in request.headers:
+        return
+    passed = sum(via.count(VIA) for via in request.headers.getall("Via"))
     if passed >= MAX_FRONTENDS:
         raise Refusal(508, f"the request has passed {passed} frontends: their proxies lead in a circle; take one out")
 
 
-def request_headers(headers: MultiMapping[str]) -> CIMultiDict[str]:
-    """What the target gets of a request's fields, and a `Via`."""
-    forwarded = _end_to_end(headers, _ANSWERED_HERE)
-    forwarded["Via"] = ", ".join([*map(sendable, headers.getall("Via", [])), VIA])
-    return forwarded
+def request_fields(request: web.Request, prefix: str) -> list[tuple[bytes, bytes]]:
+    """What the target gets of a request's fields; `Via`, and whom and what the caller asked for, are continued.
 
-
-def response_headers(headers: MultiMapping[str]) -> CIMultiDict[str]:
-    """What the caller gets of a response's fields.
-
-    A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing.
+    Args:
+        request: the caller's.
+        prefix: what its path has before the target's own.
     """
-    forwarded = _end_to_end(headers, _NOT_FOR_THIS_ORIGIN)
-    forwarded["Content-Security-Policy"] = "sandbox"
-    forwarded["X-Content-Type-Options"] = "nosniff"
-    return forwarded
+    fields, own = _end_to_end(request.raw_headers, _OF_A_REQUEST, _CONTINUED)
+    path = prefix.encode("utf-8", "surrogateescape")
+    peer = (request.remote or "").encode()
+    if len(own) == 1 and own[0][0].lower() == b"host":  # as of every caller that is no proxy
+        via, host, proto = _VIA, own[0][1], b"http"
+    else:
+        via = _joined(own, b"via", _VIA)
+        peer = _joined(own, b"x-forwarded-for", peer) if peer else b""
+        host = _first(own, b"x-forwarded-host") or _first(own, b"host")
+        proto = _first(own, b"x-forwarded-proto") or b"http"
+        path = _first(own, b"x-forwarded-prefix").rstrip(b"/") + path
+    fields.append((b"Via", via))
+    if peer:
+        fields.append((b"X-Forwarded-For", peer))
+    if host:
+        fields.append((b"X-Forwarded-Host", host))
+    fields.append((b"X-Forwarded-Proto", proto))
+    fields.append((b"X-Forwarded-Prefix", path))
+    return fields
 
 
-def _end_to_end(headers: MultiMapping[str], also: frozenset[str]) -> CIMultiDict[str]:
-    named = {name.strip().lower() for value in headers.getall("Connection", []) for name in value.split(",")}
-    dropped = HOP_BY_HOP | also | named
-    return CIMultiDict(
-        (name, sendable(value))
-        for name, value in headers.items()
-        if name.lower() not in dropped and _TOKEN.fullmatch(name)
-    )
+def answer_fields(raw: Fields, wanted: ProxiedPath) -> list[tuple[bytes, bytes]]:
+    """What the caller gets of an answer's fields, without the two that every proxied answer has.
+
+    Where they tell of the target's own paths (`Location`, a cookie's `Path`), they tell of the same under the frontend.
+    """
+    fields, own = _end_to_end(raw, _OF_AN_ANSWER, _REWRITTEN)
+    if own:
+        prefix, skipped = wanted.prefix.encode("utf-8", "surrogateescape"), wanted.skipped.encode()
+        for name, value in own:
+            if name.lower() == b"set-cookie":
+                fields.append(
+                    (name, _COOKIE_PATH.sub(lambda found: found[1] + _moved(found[2], prefix, skipped), value))
+                )
+            else:
+                fields.append((name, _location(value, wanted.address, prefix, skipped)))
+    return fields
 
 
-def sendable(value: str) -> str:
+def _location(value: bytes, address: Address, prefix: bytes, skipped: bytes) -> bytes:
+    """A reference (RFC 9110, section 10.2.2): one to the target leads through the frontend."""
+    authority = str(address) if isinstance(address, TcpAddress) else "localhost"
+    start, path = value[: len(authority) + 7], value[len(authority) + 7 :]
+    if start.lower() == f"http://{authority}".lower().encode() and path[:1] in (b"", b"/", b"?", b"#"):
+        return _moved(path if path.startswith(b"/") else b"/" + path, prefix, skipped)
+    return _moved(value, prefix, skipped) if value.startswith(b"/") and not value.startswith(b"//") else value
+
+
+def _moved(path: bytes, prefix: bytes, skipped: bytes) -> bytes:
+    """A path on the target as the caller has to ask for it; `skipped` was put there by the frontend in between."""
+    if skipped and not path.startswith(skipped):
+        return path
+    return prefix + path[len(skipped) :]
+
+
+def _joined(own: Fields, wanted: bytes, last: bytes) -> bytes:
+    return b", ".join([*(value for name, value in own if name.lower() == wanted), last])
+
+
+def _first(own: Fields, wanted: bytes) -> bytes:
+    return next((value for name, value in own if name.lower() == wanted), b"")
+
+
+def _end_to_end(
+    raw: Fields, dropped: frozenset[bytes], kept: frozenset[bytes]
+) -> tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]:
+    """The fields without those to be dropped, and of those the ones to be `kept` apart."""
+    fields: list[tuple[bytes, bytes]] = []
+    apart: list[tuple[bytes, bytes]] = []
+    named: set[bytes] = set()
+    for field in raw:
+        name = field[0].lower()
+        if name not in dropped:
+            fields.append(field)
+        elif name in kept:
+            apart.append(field)
+        elif name == b"connection":
+            named.update(one.strip() for one in field[1].lower().split(b","))
+    named -= _FRAMING
+    if not named <= dropped:
+        fields = [field for field in fields if field[0].lower() not in named]
+    return fields, apart
+
+
+def texts(fields: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
+    """Fields for aiohttp's client."""
+    return [(name.decode("ascii", "replace"), sendable(value)) for name, value in fields]
+
+
+def sendable(value: bytes) -> str:
     """What aiohttp reads and cannot write becomes `?`: control characters, and bytes that are no UTF-8."""
-    clean = _CONTROL.sub("?", value)
-    return clean if clean.isascii() else clean.encode("utf-8", "replace").decode("utf-8")
+    return _CONTROL.sub("?", value.decode("utf-8", "replace").replace("\N{REPLACEMENT CHARACTER}", "?"))

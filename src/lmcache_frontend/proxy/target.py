@@ -5,7 +5,7 @@ Read from the raw request target, not from a decoded path: what follows the targ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Reach, named_path
@@ -18,12 +18,17 @@ MAX_WAYS = 5
 """Of the ways to nodes of one name, so many are told."""
 
 
-@dataclass(frozen=True)
-class ProxiedPath:
-    """A target, and what to ask it for: a path with its query, as the caller wrote it."""
+class ProxiedPath(NamedTuple):
+    """A target, and what to ask it for: a path with its query, as the caller wrote it.
+
+    `prefix` is what the caller's path has before the target's own, and `skipped` what the way through other frontends
+    adds there: the caller's `prefix + x` is asked for as `skipped + x`.
+    """
 
     address: Address
     path: str
+    prefix: str
+    skipped: str
 
 
 def by_address(raw_path: str, registry: Registry) -> ProxiedPath:
@@ -34,13 +39,13 @@ def by_address(raw_path: str, registry: Registry) -> ProxiedPath:
     Raises:
         Refusal: 400, when host, port or socket cannot be one.
     """
-    (host, target), path = _split(raw_path, 2)
+    (host, target), path, prefix = _split(raw_path, 2)
     try:
         asked = address.from_proxy_segments(host, target)
     except AddressError as error:
         raise Refusal(400, f"/proxy/{{host}}/{{port or socket}}/…: {error}") from None
     reach = registry.at(asked) or Reach(asked)
-    return ProxiedPath(reach.address, reach.prefix + path)
+    return ProxiedPath(reach.address, reach.prefix + path, prefix, reach.prefix)
 
 
 def by_name(raw_path: str, registry: Registry) -> ProxiedPath:
@@ -52,15 +57,16 @@ def by_name(raw_path: str, registry: Registry) -> ProxiedPath:
     Raises:
         Refusal: 404, when no node or proxy has the name; 409, when nodes of several proxies have it.
     """
-    (quoted,), path = _split(raw_path, 1)
+    (quoted,), path, prefix = _split(raw_path, 1)
     name = unquote(quoted)
-    if registry.proxy(name) is None and registry.find(name) is None:
+    if registry.find(name) is None and registry.proxy(name) is None:
         name = unquote(name)
     if path.startswith("/proxy2/") and registry.proxy(name) is not None:
-        (inner,), inner_path = _split(path, 1)
+        (inner,), inner_path, inner_prefix = _split(path, 1)
         node = registry.node(name, unquote(inner)) or registry.node(name, unquote(unquote(inner)))
         if node is not None:
-            return ProxiedPath(node.reach.address, node.reach.prefix + inner_path)
+            reach = node.reach
+            return ProxiedPath(reach.address, reach.prefix + inner_path, prefix + inner_prefix, reach.prefix)
         if name == LOCAL_PROXY:
             raise Refusal(404, f"Node with name '{unquote(inner)}' not found")
     found = registry.find(name)
@@ -69,11 +75,11 @@ def by_name(raw_path: str, registry: Registry) -> ProxiedPath:
     if not isinstance(found, Reach):
         ways = ", ".join(named_path(proxy) + named_path(name) for proxy in found[:MAX_WAYS])
         raise Refusal(409, f"{len(found)} nodes are named '{name}'; ask for {ways}{', …' * (len(found) > MAX_WAYS)}")
-    return ProxiedPath(found.address, found.prefix + path)
+    return ProxiedPath(found.address, found.prefix + path, prefix, found.prefix)
 
 
-def _split(raw_path: str, count: int) -> tuple[list[str], str]:
-    """The `count` segments behind the first one, and the rest with its `/` and query."""
+def _split(raw_path: str, count: int) -> tuple[list[str], str, str]:
+    """The `count` segments behind the first one, the rest with its `/` and query, and all before the rest."""
     if not raw_path.startswith("/"):  # the absolute form, `GET http://host/path` (RFC 9112, section 3.2.2)
         raw_path = "/" + raw_path.partition("://")[2].partition("/")[2]
     if not raw_path.isascii():
@@ -81,4 +87,4 @@ def _split(raw_path: str, count: int) -> tuple[list[str], str]:
     path, question, query = raw_path.partition("?")
     parts = path.split("/", 2 + count)
     rest = parts[2 + count] if len(parts) > 2 + count else ""
-    return parts[2 : 2 + count], f"/{rest}{question}{query}"
+    return parts[2 : 2 + count], f"/{rest}{question}{query}", "/".join(parts[: 2 + count])

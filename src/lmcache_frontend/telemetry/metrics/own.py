@@ -7,10 +7,10 @@ All are `lmcache_frontend_*` and belong to one application. `docs/metrics.md` te
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from types import TracebackType
 from typing import NamedTuple
 
 from aiohttp import web
@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import Metric
 
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Proxy
 from lmcache_frontend.nodes.registry import Registry
-from lmcache_frontend.proxy.transport import Traffic
+from lmcache_frontend.proxy.answering import Traffic
 from lmcache_frontend.telemetry.health.board import HealthBoard
 from lmcache_frontend.telemetry.metrics.scrape import OURS, Outcome, Wanted
 from lmcache_shared.address import Address
@@ -35,6 +35,8 @@ CALLER_LEFT = 499
 
 MAX_PREFIX_SEGMENTS = 32
 """Of a path, what is looked at for a node behind other frontends."""
+
+_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
 
 _REASONS = {403: "forbidden", 502: "unreachable", 504: "late"}
 
@@ -127,15 +129,35 @@ OTHER = TargetLabels("other", "")
 
 
 class Watched:
-    """A proxied request while it is counted."""
+    """A proxied request while it is counted; not a generator with a decorator, which costs as much as the counting."""
 
-    def __init__(self) -> None:
+    def __init__(self, ended: Callable[[Watched, str | None], None], target: TargetLabels) -> None:
         self.traffic = Traffic()
         self.status = 500
+        self.target = target
+        self.began = time.perf_counter()
+        self._ended = ended
 
     def answered(self, response: web.StreamResponse) -> web.StreamResponse:
         self.status = response.status
         return response
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        error: str | None = "failed"
+        if raised is None:
+            error = "broken_off" if self.traffic.broke_off else None
+        elif isinstance(raised, Refusal):
+            self.status = raised.status
+            error = _REASONS.get(raised.status, "failed")
+        elif isinstance(raised, asyncio.CancelledError):
+            self.status = CALLER_LEFT
+            error = "caller_left"
+        self._ended(self, error)
 
 
 class _Targets:
@@ -198,44 +220,30 @@ class OwnMetrics:
         self._bytes = self._counter("proxy_bytes_total")
         self._errors = self._counter("proxy_errors_total")
         name, _, labels, text = FAMILIES["proxy_request_seconds"]
-        self._series: dict[TargetLabels, set[tuple[Counter, str]]] = {}
-        """Which counters have a target's series, and with which last label."""
+        self._series: dict[TargetLabels, dict[tuple[Counter, str], Counter]] = {}
+        """A target's series, by their counters and last labels: to look one up costs more than to count."""
         self._seconds = Histogram(name, text, labels, buckets=REQUEST_SECONDS_BUCKETS, registry=self._registry)
+        self._seconds_of: dict[str, Histogram] = {}
 
     def _counter(self, short: str) -> Counter:
         name, _, labels, text = FAMILIES[short]
         return Counter(name, text, labels, registry=self._registry)
 
-    @contextlib.contextmanager
-    def watching(self, address: Address, path: str) -> Iterator[Watched]:
-        """Count a proxied request to `path` at `address`, however it ends."""
+    def watching(self, address: Address, path: str) -> Watched:
+        """Count a proxied request to `path` at `address`, however it ends: `with` it."""
         self._forget_the_gone()
-        target = self._targets.labels(address, path)
-        watched = Watched()
-        began = time.perf_counter()
-        error: str | None = None
-        try:
-            yield watched
-            error = "broken_off" if watched.traffic.broke_off else None
-        except Refusal as refusal:
-            watched.status = refusal.status
-            error = _REASONS.get(refusal.status, "failed")
-            raise
-        except asyncio.CancelledError:
-            watched.status = CALLER_LEFT
-            error = "caller_left"
-            raise
-        except BaseException:
-            error = "failed"
-            raise
-        finally:
-            self._count(self._requests, target, f"{watched.status // 100}xx")
-            self._seconds.labels(target.kind).observe(time.perf_counter() - began)
-            for direction, count in (("sent", watched.traffic.sent), ("received", watched.traffic.received)):
-                if count:
-                    self._count(self._bytes, target, direction, count)
-            if error is not None:
-                self._count(self._errors, target, error)
+        return Watched(self._ended, self._targets.labels(address, path))
+
+    def _ended(self, watched: Watched, error: str | None) -> None:
+        target = watched.target
+        self._count(self._requests, target, _CLASSES[watched.status // 100])
+        self._observe(target.kind, time.perf_counter() - watched.began)
+        if watched.traffic.sent:
+            self._count(self._bytes, target, "sent", watched.traffic.sent)
+        if watched.traffic.received:
+            self._count(self._bytes, target, "received", watched.traffic.received)
+        if error is not None:
+            self._count(self._errors, target, error)
 
     def describe(self, wanted: Wanted, outcomes: Sequence[Outcome], conflicts: int) -> Callable[[], bytes]:
         """Writes the frontend's part of a round's exposition; where nodes were chosen, that of their scrapes alone.
@@ -262,8 +270,17 @@ class OwnMetrics:
     def _count(self, counter: Counter, target: TargetLabels, last: str, amount: float = 1) -> None:
         if target not in self._targets.known:
             target = OTHER  # it left while it was asked
-        self._series.setdefault(target, set()).add((counter, last))
-        counter.labels(*target, last).inc(amount)
+        of_target = self._series.setdefault(target, {})
+        series = of_target.get((counter, last))
+        if series is None:
+            series = of_target[counter, last] = counter.labels(*target, last)
+        series.inc(amount)
+
+    def _observe(self, kind: str, seconds: float) -> None:
+        series = self._seconds_of.get(kind)
+        if series is None:
+            series = self._seconds_of[kind] = self._seconds.labels(kind)
+        series.observe(seconds)
 
     def _forget_the_gone(self) -> None:
         """Series of nodes that are no longer registered end, or they would pile up as nodes come and go."""

@@ -1,0 +1,126 @@
+"""An answer on its way to the caller, below aiohttp's `StreamResponse`.
+
+That builds a head from a dictionary of texts, field by field, which takes as long as all else that the proxy does. Here
+the head is the target's own bytes, and goes out in one piece with what has come of the body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import cast
+
+from aiohttp import HttpVersion11, web
+from aiohttp.http import StreamWriter
+
+from lmcache_frontend.proxy import limits
+from lmcache_frontend.proxy.exchange import Answer
+
+_SANDBOX = b"Content-Security-Policy: sandbox\r\nX-Content-Type-Options: nosniff\r\n"
+"""A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing."""
+
+_JOINED_BYTES = 64 << 10
+"""Pieces of a body up to this go out in one write with their framing; a longer one is not copied for it."""
+
+
+@dataclass
+class Traffic:
+    """What went through for one request: bytes of bodies, and whether an answer or its reader broke off."""
+
+    sent: int = 0
+    received: int = 0
+    broke_off: bool = False
+
+
+class Written(web.StreamResponse):
+    """A response whose bytes have been written already: for the access log, and for whether the connection is kept."""
+
+    def __init__(self, status: int, *, keep_alive: bool, length: int) -> None:
+        super().__init__(status=status, reason="-")
+        self._keep_alive = keep_alive
+        self._body_length = length
+        self._eof_sent = True
+
+
+async def send_back(
+    request: web.Request, answer: Answer, fields: list[tuple[bytes, bytes]], traffic: Traffic
+) -> Written:
+    """Send an answer with these fields to the caller, piece by piece.
+
+    Raises:
+        BrokenOff: the answer ends before its end; the caller's connection is to be broken off as well.
+        ConnectionError: the caller is gone.
+    """
+    has_body = request.method != "HEAD" and answer.status not in (204, 304)
+    names = {name.lower() for name, _ in fields}
+    is_sized = b"content-length" in names
+    is_11 = request.version >= HttpVersion11
+    is_chunked = has_body and not is_sized and is_11
+    keep_alive = request.keep_alive and (is_11 or is_sized or not has_body)  # HTTP/1.0 knows no other end of a body
+    piece, is_end = answer.take()
+    head = _head(answer, fields, names, has_body and not (is_end and not piece and is_sized))
+    if is_chunked:
+        head.append(b"Transfer-Encoding: chunked\r\n")
+    if not keep_alive:
+        head.append(b"Connection: close\r\n")
+    elif not is_11:
+        head.append(b"Connection: keep-alive\r\n")
+    head.append(b"\r\n")
+    if is_end:
+        answer.release()  # for the next request, before this one's caller has read anything
+    writer, protocol = cast(StreamWriter, request.writer), request.protocol
+    start = b"".join(head)
+    while True:
+        traffic.received += len(piece)
+        before, after = _framing(len(piece), is_end) if is_chunked else (b"", b"")
+        if len(piece) <= _JOINED_BYTES:
+            if data := b"%b%b%b%b" % (start, before, piece, after):
+                await writer.write(data, drain=False)
+        else:
+            await writer.write(start + before, drain=False)
+            await writer.write(piece, drain=False)
+            await writer.write(after, drain=False)
+        if protocol.writing_paused:
+            with cut_off_late_reader(request):
+                await writer.drain()
+        if is_end:
+            return Written(answer.status, keep_alive=keep_alive, length=traffic.received)
+        start = b""
+        await answer.wait()
+        piece, is_end = answer.take()
+
+
+def _framing(size: int, is_end: bool) -> tuple[bytes, bytes]:
+    """What stands before and behind a piece of a chunked body (RFC 9112, section 7.1)."""
+    last = b"0\r\n\r\n" if is_end else b""
+    return (b"%x\r\n" % size, b"\r\n" + last) if size else (b"", last)
+
+
+def _head(answer: Answer, fields: list[tuple[bytes, bytes]], names: set[bytes], has_body: bool) -> list[bytes]:
+    head = [b"HTTP/1.1 %d %b\r\n" % (answer.status, answer.reason), *[b"%b: %b\r\n" % field for field in fields]]
+    if b"date" not in names:
+        head.append(f"Date: {formatdate(time.time(), usegmt=True)}\r\n".encode())  # RFC 9110, section 6.6.1
+    if has_body and b"content-type" not in names:
+        head.append(b"Content-Type: application/octet-stream\r\n")
+    head.append(_SANDBOX)
+    return head
+
+
+@contextlib.contextmanager
+def cut_off_late_reader(request: web.Request) -> Iterator[None]:
+    """A caller that takes no piece within `IDLE_SECONDS` is cut off: it must not hold a connection to the target.
+
+    A timer, not `wait_for`: that makes a task for every piece up to Python 3.11.
+    """
+    if request.transport is None:
+        yield
+        return
+    timer = asyncio.get_running_loop().call_later(limits.IDLE_SECONDS, request.transport.abort)
+    try:
+        yield
+    finally:
+        timer.cancel()

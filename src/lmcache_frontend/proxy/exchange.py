@@ -1,0 +1,127 @@
+"""What passes between the proxy's handler and a transport: a request, its body, an answer, a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lmcache_frontend.proxy import limits
+from lmcache_shared.address import Address, TcpAddress
+from lmcache_shared.errors import Refusal
+
+Fields = Sequence[tuple[bytes, bytes]]
+"""Header fields as they came, in their order, repeated ones repeated."""
+
+
+class BrokenOff(ConnectionError):
+    """An answer ended before its end; the text says why."""
+
+
+class Body(Protocol):
+    """A request's body."""
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether it is sent in chunks; else a `Content-Length` among the fields says how long it is."""
+
+    def whole(self) -> bytes | None:
+        """All of it, when all of it has come; asked once, before `read`."""
+
+    async def read(self) -> bytes:
+        """The next piece, nothing at the end.
+
+        Raises:
+            Refusal: the caller breaks it off or is too slow.
+        """
+
+
+@dataclass
+class Outgoing:
+    """A request as the target is to get it; `fields` without those that a transport adds (`Host` and the framing)."""
+
+    method: str
+    path: str
+    fields: list[tuple[bytes, bytes]]
+    body: Body | None = None
+    upgrade: bool = False
+    """Whether the connection may become a tunnel, to which `fields` ask it."""
+
+
+class Answer(Protocol):
+    """A target's answer, its body still coming. Whoever has it calls `release` in the end, however it goes."""
+
+    status: int
+    reason: bytes
+    fields: Fields
+
+    def take(self) -> tuple[bytes, bool]:
+        """What has come of the body since the last time, and whether that was the end.
+
+        Raises:
+            BrokenOff: it ends here, and is not whole.
+        """
+
+    async def wait(self) -> None:
+        """Until `take` has something to give or to raise."""
+
+    def release(self) -> None:
+        """The connection goes back to its pool when the answer was read to its end, and is closed otherwise."""
+
+
+class Tunnel(Answer, Protocol):
+    """The target's end of a connection after `101 Switching Protocols`; its bytes are taken as an answer's body.
+
+    Every answer of a transport is one; that it is used as one needs the status 101.
+    """
+
+    def push(self, data: bytes) -> bool:
+        """Pass bytes on; whether the target is now to be waited for."""
+
+    async def drained(self) -> None:
+        """Until the target has taken what was pushed.
+
+        Raises:
+            ConnectionError: it is gone.
+        """
+
+    def touch(self) -> None:
+        """The tunnel is alive: its idle time begins anew."""
+
+
+class Transport(Protocol):
+    """The way to one target."""
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a request or an answer is on its way."""
+
+    async def request(self, outgoing: Outgoing) -> Tunnel:
+        """Send a request, and wait for the head of its answer.
+
+        Raises:
+            Refusal: 502 when the target cannot be reached or speaks no HTTP, 503 when too many ask, 504 when it is too
+                slow.
+        """
+
+    async def close(self) -> None:
+        """Close every connection."""
+
+
+def not_reached(address: Address) -> Refusal:
+    kind = "target service" if isinstance(address, TcpAddress) else "socket:"
+    return Refusal(502, f"Failed to connect to {kind} {address}")
+
+
+def timed_out(address: Address) -> Refusal:
+    kind = "target service" if isinstance(address, TcpAddress) else "socket"
+    return Refusal(504, f"Connection to {kind} {address} timed out")
+
+
+def no_answer(problem: str) -> Refusal:
+    return Refusal(502, f"Error communicating with target service: {problem[: limits.MAX_REASON_LENGTH]}")
+
+
+def overloaded(address: Address) -> Refusal:
+    headers = {"Retry-After": str(limits.RETRY_SECONDS)}
+    return Refusal(503, f"Too many requests to {address} are on their way", headers)

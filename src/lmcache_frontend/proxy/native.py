@@ -1,0 +1,573 @@
+"""A transport on bare connections: a pool for each target, llhttp for the answers' heads, bytes passed on as they come.
+
+A request's head is one piece of bytes, written with its body where that is here already. A sized body passes the parser
+by. Nothing is made for a request but the bytes: a connection reads one answer after the other, and has one timer, which
+looks at a deadline that moves (a timer for each request would cost more than the parser).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+import httptools
+
+from lmcache_frontend.proxy import limits
+from lmcache_frontend.proxy.breaker import Breaker
+from lmcache_frontend.proxy.connect import connect
+from lmcache_frontend.proxy.exchange import (
+    Body,
+    BrokenOff,
+    Fields,
+    Outgoing,
+    Tunnel,
+    no_answer,
+    not_reached,
+    overloaded,
+    timed_out,
+)
+from lmcache_shared.address import Address, TcpAddress
+from lmcache_shared.errors import Refusal
+
+_IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+"""Methods that may be sent again when nobody knows whether they arrived (RFC 9110, section 9.2.2)."""
+
+_WITHOUT_BODY = frozenset({204, 304})
+
+_TOO_LONG = f"a head of more than {limits.MAX_HEAD_BYTES >> 10} KiB"
+
+
+class Room:
+    """How many connections there are to all targets together."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+
+class NativeTransport:
+    """The pool of one target.
+
+    Args:
+        address: the target's.
+        room: counts this one's connections too.
+    """
+
+    def __init__(self, address: Address, room: Room | None = None) -> None:
+        self.address = address
+        self._room = room or Room()
+        self._breaker = Breaker(address)
+        self._idle: list[_Connection] = []
+        self._busy: set[_Connection] = set()
+        self._connecting = 0
+        self._waiting: deque[asyncio.Future[_Connection | None]] = deque()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._closed = False
+        host = "localhost"
+        if isinstance(address, TcpAddress):  # an IPv6 scope is for this machine alone (RFC 6874)
+            host = str(TcpAddress(address.host.partition("%")[0], address.port))
+        self._after_path = f" HTTP/1.1\r\nHost: {host}\r\n".encode()
+
+    async def request(self, outgoing: Outgoing) -> Tunnel:
+        body = outgoing.body
+        whole = body.whole() if body is not None else None
+        head = self._head(outgoing)
+        if whole is not None:
+            head, body = head + _framed(whole, outgoing), None
+        may_retry = body is None and outgoing.method in _IDEMPOTENT
+        connection = self._reused() or await self._new()
+        while True:
+            is_reused = connection.is_reused
+            try:
+                await connection.ask(head, outgoing, body)
+                return connection
+            except _Stale:
+                connection.release()
+                if not (is_reused and may_retry):
+                    raise no_answer("it hangs up without an answer") from None
+                may_retry = False
+            except BaseException:
+                connection.release()
+                raise
+            connection = await self._new()
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for connection in [*self._idle, *self._busy]:
+            connection.abort()
+        self._idle.clear()
+        while self._waiting:
+            self._give_way()
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self._busy or self._connecting or self._waiting)
+
+    def _head(self, outgoing: Outgoing) -> bytes:
+        lines = [b"%s: %s\r\n" % field for field in outgoing.fields]
+        if outgoing.body is not None and outgoing.body.is_chunked:
+            lines.append(b"Transfer-Encoding: chunked\r\n")
+        start = f"{outgoing.method} {outgoing.path}".encode("ascii")
+        return b"".join([start, self._after_path, *lines, b"\r\n"])
+
+    def _reused(self) -> _Connection | None:
+        """The connection that was used last, for the others to grow old and go."""
+        if not self._idle:
+            return None
+        oldest = asyncio.get_running_loop().time() - limits.KEEPALIVE_SECONDS
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_open and connection.used_at > oldest:
+                self._busy.add(connection)
+                return connection
+            connection.abort()
+        return None
+
+    async def _new(self) -> _Connection:
+        """A new connection, or one that another request has done with while this one stood in line."""
+        if len(self._busy) + self._connecting >= limits.CONNECTIONS_PER_TARGET:
+            given = await self._stand_in_line()
+            if given is not None:
+                return given
+        if self._room.taken >= limits.CONNECTIONS:
+            raise overloaded(self.address)
+        if self._closed:
+            raise not_reached(self.address)
+        self._breaker.check()
+        self._connecting += 1
+        self._room.taken += 1
+        connection = None
+        try:
+            connection = await connect(
+                self.address, lambda: _Connection(self.address, self._left), limits.CONNECT_SECONDS
+            )
+        except asyncio.TimeoutError:
+            raise self._breaker.failed(timed_out(self.address)) from None
+        except OSError:
+            raise self._breaker.failed(not_reached(self.address)) from None
+        finally:
+            self._connecting -= 1
+            if connection is None:
+                self._room.taken -= 1
+                self._give_way()
+        self._breaker.connected()
+        self._busy.add(connection)
+        connection.counts = True
+        return connection
+
+    async def _stand_in_line(self) -> _Connection | None:
+        """A connection, or the right to make one."""
+        if len(self._waiting) >= limits.WAITING_PER_TARGET:
+            raise overloaded(self.address)
+        loop = asyncio.get_running_loop()
+        place: asyncio.Future[_Connection | None] = loop.create_future()
+        self._waiting.append(place)
+        timer = loop.call_later(limits.CONNECT_SECONDS, _refuse, place, overloaded(self.address))
+        try:
+            return await place
+        except BaseException:
+            if place.done() and not place.cancelled() and place.exception() is None:
+                self._return(place.result())
+            elif place in self._waiting:
+                self._waiting.remove(place)
+            raise
+        finally:
+            timer.cancel()
+
+    def _return(self, given: _Connection | None) -> None:
+        """What was handed to a waiting request that has gone meanwhile."""
+        if given is not None:
+            self._left(given)
+        else:
+            self._give_way()
+
+    def _left(self, connection: _Connection) -> None:
+        """A connection has done its work, or is lost."""
+        if not connection.is_open or self._closed:
+            self._busy.discard(connection)
+            if connection.counts:
+                connection.counts = False
+                self._room.taken -= 1
+                self._give_way()
+            connection.abort()
+            return
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(connection)  # it stays busy
+                return
+        self._busy.discard(connection)
+        self._idle.append(connection)
+        if self._sweeper is None:
+            loop = asyncio.get_running_loop()
+            self._sweeper = loop.call_later(limits.KEEPALIVE_SECONDS / 2, self._sweep)
+
+    def _give_way(self) -> None:
+        while self._waiting:
+            place = self._waiting.popleft()
+            if not place.done():
+                place.set_result(None)
+                return
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        oldest = loop.time() - limits.KEEPALIVE_SECONDS
+        kept = []
+        for connection in self._idle:
+            if connection.is_open and connection.used_at > oldest:
+                kept.append(connection)
+            else:
+                connection.abort()
+        self._idle = kept
+        self._sweeper = loop.call_later(limits.KEEPALIVE_SECONDS / 2, self._sweep) if kept else None
+
+
+class _Stale(Exception):
+    """The connection ended before the first byte of an answer."""
+
+
+class _Connection(asyncio.Protocol):
+    """One connection, and the answer that it reads, or the tunnel that it becomes: a `Tunnel`."""
+
+    def __init__(self, address: Address, left: Callable[[_Connection], None]) -> None:
+        self.is_reused = False
+        self.counts = False
+        self.used_at = 0.0
+        self.status = 0
+        self.reason = b""
+        self.fields: Fields = ()
+        self._fields: list[tuple[bytes, bytes]] = []
+        self._address = address
+        self._left = left
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None
+        self._writing_paused = self._reading_paused = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = math.inf
+        self._sending: asyncio.Task[None] | None = None
+        self._begin("")
+
+    def _begin(self, method: str) -> None:
+        self._method = method
+        self._in_use = bool(method)
+        self._error: Exception | None = None
+        self._received = 0
+        """Bytes of the head, then of what came since the last piece of a body."""
+        self._has_head = self._ended = self._is_tunnel = False
+        self._keep = True
+        """Whether the next request may use the connection."""
+        self._chunked = False
+        self._length: int | None = None
+        self._rest = 0
+        """Of a sized body that passes the parser by, bytes to come."""
+        self._pieces: list[bytes] = []
+        self._size = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    async def ask(self, head: bytes, outgoing: Outgoing, body: Body | None) -> None:
+        """Send a request and wait for the head of its answer."""
+        self._begin(outgoing.method)
+        self.status = 0
+        self.reason = b""
+        self._fields = []
+        if self._parser is None:
+            self._parser = httptools.HttpResponseParser(self)
+        if self._transport is None or self._transport.is_closing():
+            raise _Stale
+        self._transport.write(head)
+        self._expect(limits.FIRST_BYTE_SECONDS)
+        if body is not None:
+            self._sending = self._loop.create_task(self._send(body))
+        while not self._has_head:
+            if self._error is not None:
+                raise self._error
+            await self.wait()
+        if isinstance(self._error, BrokenOff) and not self._size:
+            raise no_answer(str(self._error))  # in time to say so
+        if self.status == 101 and not (self._is_tunnel and outgoing.upgrade):
+            raise no_answer("it switches to a protocol that nobody asked for")
+
+    def take(self) -> tuple[bytes, bool]:
+        if self._size:
+            data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+            self._pieces = []
+            self._size = 0
+            if self._reading_paused and self._transport is not None:
+                self._reading_paused = False
+                self._transport.resume_reading()
+            if self._is_tunnel:
+                self.touch()
+            elif not self._ended:
+                self._expect(limits.IDLE_SECONDS)
+            return data, self._ended
+        if not self._ended and self._error is not None:
+            raise self._error
+        return b"", self._ended
+
+    async def wait(self) -> None:
+        if self._size or self._ended or self._error is not None:
+            return
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def push(self, data: bytes) -> bool:
+        """Pass bytes on: a piece of a request's body, or of a tunnel."""
+        if self._transport is None or self._transport.is_closing():
+            return True  # `drained` tells
+        if self._is_tunnel:
+            self.touch()
+        self._transport.write(data)
+        return self._writing_paused
+
+    async def drained(self) -> None:
+        if self._writing_paused:
+            self._writable = self._loop.create_future()
+            try:
+                await self._writable
+            finally:
+                self._writable = None
+        if self._transport is None or self._transport.is_closing():
+            raise BrokenOff("the target hangs up")
+
+    def touch(self) -> None:
+        self._expect(limits.UPGRADE_IDLE_SECONDS)
+
+    def release(self) -> None:
+        if not self._in_use:
+            return
+        self._in_use = False
+        if self._sending is not None:
+            if not self._sending.done():
+                self._sending.cancel()
+                self._keep = False
+            self._sending = None
+        if self._is_tunnel and self._error is None and self._transport is not None:
+            self._transport.close()  # what was pushed still goes out, for so long
+            self._loop.call_later(limits.IDLE_SECONDS, self.abort)
+        elif not (self._ended and self._keep and self._error is None) or self._reading_paused:
+            self.abort()
+        self._deadline = math.inf
+        self.is_reused = True
+        self.used_at = self._loop.time()
+        self._left(self)
+
+    def abort(self) -> None:
+        if self._transport is not None and (self._is_tunnel or not self._transport.is_closing()):
+            self._transport.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._parser = None  # it holds this protocol, and is held by it
+
+    async def _send(self, body: Body) -> None:
+        """Send a body as it comes. The answer may come, and end, before."""
+        try:
+            while True:
+                self._deadline = math.inf  # the caller has a time limit of its own
+                piece = await body.read()
+                self._expect(limits.FIRST_BYTE_SECONDS)
+                if not piece:
+                    break
+                if self.push(b"%x\r\n%b\r\n" % (len(piece), piece) if body.is_chunked else piece):
+                    await self.drained()
+            if body.is_chunked and self.push(b"0\r\n\r\n"):
+                await self.drained()
+        except ConnectionError:
+            self._keep = False  # its reader finds out, unless an answer says why
+        except Exception as error:
+            self._fail(error)
+
+    # -- what the transport and the parser tell
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass of asyncio's
+
+    def data_received(self, data: bytes) -> None:
+        if self._rest:
+            self._take_rest(data)
+        elif self._is_tunnel:
+            self.on_body(data)
+        elif self._ended or not self._in_use or self._parser is None:
+            self._keep = False  # nobody asked
+            self.abort()
+        else:
+            had_head, size = self._has_head, self._size
+            self._received += len(data)
+            self._parse(self._parser, data)
+            if self._has_head and (not had_head or self._size != size):
+                self._received = 0
+            elif self._received > limits.MAX_HEAD_BYTES and not self._ended:
+                self._fail_reading(_TOO_LONG)
+            if not self._has_head and self._error is None:
+                return
+            if self._has_head and not self._ended:
+                self._expect(limits.IDLE_SECONDS)
+                if self._length is not None and not self._is_tunnel and self._error is None:
+                    self._rest = self._length - self._size
+                    self._parser = None  # the rest passes it by
+        self._wake()
+
+    def _take_rest(self, data: bytes) -> None:
+        if len(data) > self._rest:
+            self._keep = False
+            data = data[: self._rest]
+        self._rest -= len(data)
+        self._ended = not self._rest
+        self._expect(limits.IDLE_SECONDS)
+        self.on_body(data)
+
+    def _parse(self, parser: httptools.HttpResponseParser, data: bytes) -> None:
+        try:
+            parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._is_tunnel, self._keep = self.status == 101, False
+            if rest := data[upgrade.args[0] :]:
+                self.on_body(rest)
+        except httptools.HttpParserError as error:
+            self._keep = False
+            if not self._ended:
+                self._fail_reading(f"no HTTP: {error.__context__ or error}")
+
+    def _fail_reading(self, problem: str) -> None:
+        self._fail(BrokenOff(problem) if self._has_head else no_answer(problem))
+
+    def on_status(self, text: bytes) -> None:
+        if self._has_head:
+            self._keep = False
+        else:
+            self.reason += text
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._has_head:
+            return  # a trailer, or an answer that nobody asked for
+        value = value.rstrip(b" \t")
+        self._fields.append((name, value))
+        if len(name) == 14 and name.lower() == b"content-length":
+            self._length = int(value)
+        elif len(name) == 17 and name.lower() == b"transfer-encoding":
+            self._chunked = True
+            if value.lower() != b"chunked":
+                raise ValueError("a transfer coding that is not chunked")
+
+    def on_headers_complete(self) -> None:
+        if self._has_head:
+            self._keep = False
+            return
+        parser = self._parser
+        if parser is None:
+            return
+        status = parser.get_status_code()
+        if 100 <= status < 200 and status != 101:  # there is another one behind it (RFC 9110, section 15.2)
+            self._fields = []
+            self.reason = b""
+            self._length = None
+            return
+        if self._received > limits.MAX_HEAD_BYTES < sum(len(name) + len(value) + 4 for name, value in self._fields):
+            raise ValueError(_TOO_LONG)
+        if not (200 <= status <= 599 or status == 101):
+            raise ValueError(f"the status {status}")
+        self.status = status
+        self.fields = self._fields
+        self._has_head = True
+        self._keep = parser.should_keep_alive()
+        if self._method == "HEAD" or status in _WITHOUT_BODY:
+            self._parser = None  # it expects what does not come
+            self._length = None
+            self._ended = True
+
+    def on_body(self, data: bytes) -> None:
+        if self._method == "HEAD" and not self._is_tunnel:
+            self._keep = False
+            return
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size > limits.BUFFERED_BYTES and not self._reading_paused and self._transport is not None:
+            self._reading_paused = True
+            self._transport.pause_reading()
+            self._deadline = math.inf  # the caller has a time limit of its own
+
+    def on_message_complete(self) -> None:
+        if self._has_head and self.status != 101:
+            self._ended = True
+
+    def eof_received(self) -> None:
+        """The transport closes itself, and `connection_lost` tells."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._keep = False
+        until_close = self._has_head and self._length is None and not self._chunked
+        if until_close and exc is None and self._error is None:
+            self._ended = True
+        elif not self._ended:
+            if self._has_head:
+                self._fail(BrokenOff("the target hangs up in the middle of its answer"))
+            else:
+                self._fail(no_answer("it hangs up in the middle of an answer") if self._received else _Stale())
+        self.resume_writing()
+        self._wake()
+        self.abort()
+        self._transport = None
+        if not self._in_use:
+            self._left(self)
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _fail(self, error: Exception) -> None:
+        if self._error is None:
+            self._error = error
+        self._keep = False
+        self.abort()
+        self._wake()
+
+    def _expect(self, seconds: float) -> None:
+        """Something has to come within so many seconds from now."""
+        if self._reading_paused:
+            return
+        self._deadline = self._loop.time() + seconds
+        if self._timer is None or self._timer.when() > self._deadline:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(self._deadline, self._look_at_deadline)
+
+    def _look_at_deadline(self) -> None:
+        self._timer = None
+        if self._deadline == math.inf or self._ended or not self._in_use:
+            return
+        if self._loop.time() < self._deadline:
+            self._timer = self._loop.call_at(self._deadline, self._look_at_deadline)
+        else:
+            self._fail(BrokenOff("the target is too slow") if self._has_head else timed_out(self._address))
+
+
+def _framed(whole: bytes, outgoing: Outgoing) -> bytes:
+    if outgoing.body is None or not outgoing.body.is_chunked:
+        return whole
+    return b"%x\r\n%b\r\n0\r\n\r\n" % (len(whole), whole) if whole else b"0\r\n\r\n"
+
+
+def _refuse(place: asyncio.Future[_Connection | None], refusal: Refusal) -> None:
+    if not place.done():
+        place.set_exception(refusal)

@@ -1,0 +1,100 @@
+"""An upgraded connection (RFC 9110, section 7.8): from `101 Switching Protocols` on, bytes both ways, as they come.
+
+WebSocket's pings, close codes and extensions are between the two ends. What the caller sends goes on in the moment in
+which it comes, so that the last frame of a caller that leaves arrives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+from aiohttp import HttpVersion11, web
+from aiohttp.http import StreamWriter
+
+from lmcache_frontend.proxy import limits
+from lmcache_frontend.proxy.answering import Traffic, Written, cut_off_late_reader
+from lmcache_frontend.proxy.exchange import Tunnel
+
+FIELDS = ((b"Connection", b"Upgrade"), (b"Upgrade", b"websocket"))
+"""What an upgrade needs of the fields that stop at each connection."""
+
+
+def asks_for_upgrade(request: web.Request) -> bool:
+    """Whether the request may become a tunnel; WebSocket is the one protocol that aiohttp's server lets through."""
+    headers = request.headers
+    return (
+        "Upgrade" in headers
+        and headers["Upgrade"].lower() == "websocket"
+        and "upgrade" in [one.strip().lower() for one in ",".join(headers.getall("Connection", [])).split(",")]
+        and request.method == "GET"
+        and request.version == HttpVersion11
+        and not request.body_exists
+    )
+
+
+async def pass_on(
+    request: web.Request, tunnel: Tunnel, fields: list[tuple[bytes, bytes]], traffic: Traffic
+) -> web.StreamResponse:
+    """Be the tunnel until one end closes it, or nothing has come for `UPGRADE_IDLE_SECONDS`.
+
+    Raises:
+        BrokenOff: the target's end broke, or both were silent for too long.
+    """
+    writer = cast(StreamWriter, request.writer)
+    lines = [b"%b: %b\r\n" % field for field in (*fields, *FIELDS)]
+    await writer.write(b"HTTP/1.1 101 %b\r\n%b\r\n" % (tunnel.reason, b"".join(lines)), drain=False)
+    caller = _Caller(request, tunnel, traffic)
+    tunnel.touch()
+    request.protocol.set_parser(cast(Any, caller))
+    try:
+        is_end = False
+        while not is_end:
+            await tunnel.wait()
+            piece, is_end = tunnel.take()
+            traffic.received += len(piece)
+            if piece:
+                await writer.write(piece, drain=False)
+            if request.protocol.writing_paused:
+                with cut_off_late_reader(request):
+                    await writer.drain()
+    finally:
+        caller.end()
+    return Written(101, keep_alive=False, length=traffic.received)
+
+
+class _Caller:
+    """The caller's end, as aiohttp's server feeds what has been upgraded."""
+
+    def __init__(self, request: web.Request, tunnel: Tunnel, traffic: Traffic) -> None:
+        self._transport = request.transport
+        self._tunnel = tunnel
+        self._traffic = traffic
+        self._holding: asyncio.Task[None] | None = None
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        self._traffic.sent += len(data)
+        is_full = self._tunnel.push(data)
+        if is_full and self._holding is None and self._transport is not None:
+            self._transport.pause_reading()
+            self._holding = asyncio.get_running_loop().create_task(self._hold())
+        return False, b""
+
+    def feed_eof(self) -> None:
+        """The caller is gone: its request is cancelled, and so is the tunnel."""
+
+    def end(self) -> None:
+        if self._holding is not None:
+            self._holding.cancel()
+
+    async def _hold(self) -> None:
+        """The caller is not read until the target has taken what came."""
+        try:
+            await asyncio.wait_for(self._tunnel.drained(), limits.IDLE_SECONDS)
+        except (ConnectionError, asyncio.TimeoutError):
+            if self._transport is not None:
+                self._transport.abort()
+            return
+        self._holding = None
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
