@@ -18,7 +18,9 @@ from lmcache_frontend.proxy.transport import Targets
 from lmcache_frontend.telemetry.health.board import HealthBoard
 from lmcache_frontend.telemetry.metrics.own import OWN_METRICS, OwnMetrics
 from lmcache_shared import routes
-from lmcache_shared.access import own_site_only
+from lmcache_shared.access.browser import own_site_only
+from lmcache_shared.access.gate import GATE, Gate, Names, admitted
+from lmcache_shared.access.tokens import Tokens
 from lmcache_shared.errors import refusals
 
 OPTIONS: web.AppKey[Options] = web.AppKey("options", Options)
@@ -42,10 +44,12 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     """The frontend of a cluster.
 
     Raises:
+        ConfigError: its tokens cannot be used.
         RouteError: a route module is broken, or two claim one route.
     """
-    app = web.Application(middlewares=[refusals, own_site_only])
+    app = web.Application(middlewares=[refusals, own_site_only, admitted])
     app[OPTIONS] = options
+    app[GATE] = _gate(options)
     app[REGISTRY] = cluster.registry
     app[SOURCES] = cluster.sources
     app[BY_HAND] = cluster.by_hand
@@ -68,6 +72,15 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
         ],
     )
     return app
+
+
+def _gate(options: Options) -> Gate:
+    return Gate(
+        Tokens(options.token, options.token_file, place=options.place_of("token")),
+        Names("--token (LMCACHE_FRONTEND_TOKEN)", "--token-file", "--no-auth"),
+        trust_local=not options.no_trust_local,
+        no_auth=options.no_auth,
+    )
 
 
 async def _targets(app: web.Application) -> AsyncIterator[None]:

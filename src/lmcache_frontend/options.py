@@ -31,6 +31,7 @@ _METAVARS = {
     "nodes": "JSON",
     "config": "FILE",
     "lmcache_config": "FILE",
+    "token_file": "FILE",
     "route_folder": "DIR",
     "socket_prefix": "PATH",
 }
@@ -90,6 +91,12 @@ class Options:
     report_host: str | None = setting(
         None, "The host to report; without one this machine's address on the way to the service."
     )
+    token: str | None = setting(
+        None, "An admin's token, of 16 characters or more; in the environment other users of the machine do not see it."
+    )
+    token_file: str | None = setting(None, "A file of tokens: name, role and sha256 of each; docs/security.md.")
+    no_trust_local: bool = setting(False, "Ask callers on this machine for a token too; without it they are admins.")
+    no_auth: bool = setting(False, "Ask nobody for a token: whoever reaches the port may do everything.")
     no_http: bool = setting(False, "Send heartbeats and serve nothing.")
 
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

@@ -142,6 +142,7 @@ async def test_header_fields_of_a_request(frontend_server: StartFrontend) -> Non
             "Cookie: a=b",
             f"Host: 127.0.0.1:{upstream.port}",
             "Via: 1.0 first, 1.1 lmcache-frontend",
+            "X-Forwarded-For: 127.0.0.1",
             "X-Twice: 1",
             "X-Twice: 2",
         ]
@@ -576,7 +577,7 @@ async def test_a_caller_that_stops_sending_does_not_hold_the_target(
         frontend = await frontend_for(frontend_server, upstream.node)
         with socket.socket() as caller:
             caller.connect(("127.0.0.1", frontend.server.address.port))
-            caller.sendall(b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+            caller.sendall(b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nhalf")
             await asyncio.wait_for(gone.wait(), 10)
 
 

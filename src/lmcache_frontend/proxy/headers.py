@@ -7,6 +7,7 @@ import re
 from aiohttp import web
 from multidict import CIMultiDict, MultiMapping
 
+from lmcache_shared.access.caller import FRONTEND_VIA
 from lmcache_shared.errors import Refusal
 
 HOP_BY_HOP = frozenset(
@@ -36,7 +37,7 @@ _NOT_FOR_THIS_ORIGIN = frozenset({"clear-site-data", "service-worker-allowed", "
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
-VIA = "1.1 lmcache-frontend"
+VIA = FRONTEND_VIA
 
 MAX_FRONTENDS = 12
 """A request that has passed more frontends goes in a circle."""

@@ -12,6 +12,7 @@ from types import TracebackType
 
 import aiohttp
 from aiohttp import HttpVersion11, web
+from multidict import CIMultiDict
 from yarl import URL
 
 from lmcache_frontend.proxy.headers import request_headers, response_headers, sendable
@@ -116,8 +117,16 @@ class Traffic:
     broke_off: bool = False
 
 
-async def forward(request: web.Request, target: Target, path: str, traffic: Traffic) -> web.StreamResponse:
+async def forward(
+    request: web.Request,
+    target: Target,
+    path: str,
+    traffic: Traffic,
+    introduce: Callable[[CIMultiDict[str]], None],
+) -> web.StreamResponse:
     """Send the request on to `path` at `target`, and its answer back; `traffic` is counted meanwhile.
+
+    `introduce` writes into the fields that go on who asks.
 
     No body is held whole. An answer that breaks off breaks the caller's connection off too, so that half an answer
     never looks whole.
@@ -125,12 +134,14 @@ async def forward(request: web.Request, target: Target, path: str, traffic: Traf
     Raises:
         Refusal: 502 when the target cannot be reached or speaks no HTTP, 504 when it is too slow.
     """
+    headers = request_headers(request.headers)
+    introduce(headers)
     with target as session:
         try:
             upstream = await session.request(
                 request.method,
                 target.url(path),
-                headers=request_headers(request.headers),
+                headers=headers,
                 data=_pieces(request, traffic) if request.can_read_body else None,
                 allow_redirects=False,
             )

@@ -1,0 +1,53 @@
+"""What a frontend says to a target of the caller for whom it asks.
+
+Where the frontend has found that the caller may ask for this, it *vouches*: nothing but `Via` shows that somebody else
+asks, and a target on the same machine takes the request as one from there. For any other caller it names the caller in
+`X-Forwarded-For`, and the target judges by its own table. It vouches for what an admin asks, whatever it is, and for
+what the table knows: of a path that the table does not know, the target may need more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aiohttp import web
+from multidict import CIMultiDict
+
+from lmcache_frontend.proxy.headers import VIA
+from lmcache_shared.access.caller import SPEAKING_FOR_OTHERS, seen_address
+from lmcache_shared.access.gate import GATE, caller_of
+from lmcache_shared.access.roles import Role
+from lmcache_shared.access.table import of_proxied
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """How the caller is introduced: fit for the fields that `request_headers` has made."""
+
+    vouched: bool
+    address: str
+    hides_authorization: bool
+
+    def write(self, headers: CIMultiDict[str]) -> None:
+        if self.hides_authorization:  # it is this frontend's token, and nobody else's business
+            headers.popall("Authorization", None)
+        if self.vouched:
+            for name in SPEAKING_FOR_OTHERS:
+                headers.popall(name, None)
+            passed = headers.get("Via", "").count(VIA)
+            headers["Via"] = ", ".join([VIA] * max(1, passed))
+        elif not any(name in headers for name in SPEAKING_FOR_OTHERS):
+            headers["X-Forwarded-For"] = self.address
+
+
+def introduction(request: web.Request, path: str) -> Introduction:
+    """Let a request pass to `path` at a target if its caller may ask for that.
+
+    Raises:
+        Refusal: 401 or 403.
+    """
+    asked = of_proxied(request.method, path)
+    request.app[GATE].require(request, max(asked.role, Role.VIEWER))
+    caller = caller_of(request)
+    vouched = caller.role == Role.ADMIN or (asked.known and asked.role >= Role.OPERATOR)
+    return Introduction(vouched, seen_address(request), caller.by_token)

@@ -1,0 +1,261 @@
+"""Who may do what, on servers that serve: directly, through a frontend, and through two."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from yarl import URL
+
+from lmcache_api.app import create_app
+from lmcache_api.embedded import EmbeddedComponent
+from lmcache_api.pytest_plugin import StartApi
+from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
+from lmcache_shared.access import tokens
+from lmcache_shared.access.attempts import MAX_ADDRESSES, MAX_FAILURES, Attempts
+from lmcache_shared.access.roles import Role
+from lmcache_shared.access.tokens import Tokens
+from lmcache_shared.errors import ConfigError
+from lmcache_shared.settings import Settings
+
+SECRETS = {role: f"a-token-of-a-{role}-0123456789" for role in ("viewer", "operator", "admin")}
+ASKED = [
+    ("GET", "/version", "viewer"),
+    ("GET", "/loglevel", "viewer"),
+    ("GET", "/conf", "viewer"),
+    ("GET", "/metrics", "viewer"),
+    ("GET", "/loglevel?logger_name=access.test&level=info", "operator"),
+    ("GET", "/threads", "operator"),
+    ("POST", "/metrics/reset", "operator"),
+    ("POST", "/conf", "operator"),
+    ("PUT", "/freeze/disable", "operator"),
+    ("DELETE", "/cache/clear", "operator"),
+    ("GET", "/env", "admin"),
+    ("POST", "/run_script", "admin"),
+]
+RANK = {"anonymous": 1, "viewer": 1, "operator": 2, "admin": 3, "local": 3}
+CALLERS: dict[str, dict[str, str]] = {
+    "local": {},
+    "anonymous": {"X-Forwarded-For": "10.0.0.9"},
+    **{role: {"X-Forwarded-For": "10.0.0.9", "Authorization": f"Bearer {it}"} for role, it in SECRETS.items()},
+}
+
+
+def entry(role: str) -> dict[str, str]:
+    return {"name": f"the {role}", "role": role, "sha256": hashlib.sha256(SECRETS[role].encode()).hexdigest()}
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> str:
+    path = tmp_path / "tokens"
+    path.write_text("".join(json.dumps(entry(role)) + "\n" for role in SECRETS))
+    return str(path)
+
+
+async def status(client: aiohttp.ClientSession, method: str, path: str, headers: dict[str, str]) -> tuple[int, Any]:
+    data = b"{}" if method == "POST" else None
+    url = URL(str(client._base_url).rstrip("/") + path, encoded=True)
+    async with client.request(method, url, headers=headers, data=data) as response:
+        return response.status, await response.read()
+
+
+async def check(client: aiohttp.ClientSession, before: str = "") -> None:
+    for caller, headers in CALLERS.items():
+        for method, path, role in ASKED:
+            found, said = await status(client, method, before + path, headers)
+            if RANK[caller] >= RANK[role]:
+                assert found not in (401, 403), (caller, method, path, said)
+            else:
+                assert found == (401 if caller == "anonymous" else 403), (caller, method, path, said)
+                assert b"needs the role" in said
+
+
+@pytest.mark.parametrize("tcp", [True, False], ids=["tcp", "unix"])
+async def test_directly(api_server: StartApi, token_file: str, tcp: bool) -> None:
+    await check((await api_server(tcp=tcp, internal_api_server_token_file=token_file)).client)
+
+
+@pytest.mark.parametrize("tcp", [True, False], ids=["tcp", "unix"])
+async def test_through_a_frontend_and_through_two(
+    api_server: StartApi, frontend_server: StartFrontend, token_file: str, tcp: bool
+) -> None:
+    worker = await api_server(tcp=tcp)  # which knows no tokens: it believes the frontend on its machine
+    inner = await frontend_server(nodes=[{**worker.node, "name": "w"}])
+    rack = {"name": "rack", "host": "127.0.0.1", "port": inner.server.address.port, "nodes": []}
+    outer = await frontend_server(nodes=[{**worker.node, "name": "w"}, rack], token_file=token_file)
+    await check(outer.client, "/proxy2/w")
+    await check(outer.client, worker.address.proxy_path())
+    await check(outer.client, "/proxy2/rack/proxy2/w")
+
+
+async def test_a_page_of_a_name_that_points_here_is_a_viewer(api_server: StartApi) -> None:
+    worker = await api_server(tcp=True)
+    host = {"Host": f"evil.example:{worker.node['port']}"}
+    assert (await status(worker.client, "GET", "/version", host))[0] == 200
+    assert (await status(worker.client, "POST", "/conf", host))[0] == 401
+    assert (await status(worker.client, "GET", "/env", host))[0] == 401
+
+
+async def test_a_node_judges_by_itself_what_the_frontend_does_not_know(
+    api_server: StartApi, frontend_server: StartFrontend, token_file: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own_api.py").write_text(
+        "from aiohttp import web\n"
+        "from lmcache_shared.access.roles import Role, needs\n"
+        "router = web.RouteTableDef()\n"
+        '@router.get("/secrets")\n@needs(Role.ADMIN)\n'
+        'async def secrets(request):\n    return web.Response(text="secret")\n'
+    )
+    worker = await api_server(internal_api_server_route_folders=[str(tmp_path)])
+    frontend = await frontend_server(nodes=[{**worker.node, "name": "w"}], token_file=token_file)
+    found = {it: (await status(frontend.client, "GET", "/proxy2/w/secrets", CALLERS[it]))[0] for it in CALLERS}
+    assert found == {"local": 200, "anonymous": 401, "viewer": 401, "operator": 401, "admin": 200}
+
+
+class TestOfAFrontend:
+    @pytest.fixture
+    async def frontend(self, frontend_server: StartFrontend, token_file: str) -> RunningFrontend:
+        return await frontend_server(token_file=token_file)
+
+    async def test_its_own_routes(self, frontend: RunningFrontend) -> None:
+        for caller, headers in CALLERS.items():
+            for path in ("/", "/health", "/ready", "/api/nodes", "/api/sources", "/metrics", "/sd/prometheus"):
+                assert (await status(frontend.client, "GET", path, headers))[0] == 200
+            for method, path in (("POST", "/api/proxies"), ("PUT", "/api/nodes/x"), ("DELETE", "/api/nodes/x")):
+                found = (await status(frontend.client, method, path, headers))[0]
+                assert (found in (401, 403)) == (RANK[caller] < RANK["operator"]), (caller, path)
+
+    async def test_what_leads_nowhere_is_told_as_ever(self, frontend: RunningFrontend) -> None:
+        assert (await status(frontend.client, "POST", "/nowhere", CALLERS["anonymous"]))[0] == 404
+        assert (await status(frontend.client, "POST", "/health", CALLERS["anonymous"]))[0] == 405
+
+    async def test_a_wrong_token_is_refused_and_counted(self, frontend: RunningFrontend) -> None:
+        wrong = {"X-Forwarded-For": "10.0.0.8", "Authorization": "Bearer no-such-token"}
+        for _ in range(MAX_FAILURES):
+            found, said = await status(frontend.client, "GET", "/api/nodes", wrong)
+            assert found == 401
+            assert b"no-such-token" not in said
+        assert (await status(frontend.client, "GET", "/api/nodes", wrong))[0] == 429
+        assert (await status(frontend.client, "GET", "/health", wrong))[0] == 200
+        assert (await status(frontend.client, "GET", "/api/nodes", CALLERS["operator"]))[0] == 200
+
+
+async def test_its_token_stays_with_the_frontend(frontend_server: StartFrontend, token_file: str) -> None:
+    seen: list[Any] = []
+
+    async def node(request: web.Request) -> web.Response:
+        seen.append(request.headers.copy())
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", node)
+    async with TestServer(app) as server:
+        node_entry = {"name": "w", "host": "127.0.0.1", "port": server.port}
+        frontend = await frontend_server(nodes=[node_entry], token_file=token_file)
+        await status(frontend.client, "POST", "/proxy2/w/conf", CALLERS["operator"])
+        await status(frontend.client, "GET", "/proxy2/w/version", CALLERS["anonymous"])
+        own = {"Authorization": "Bearer of-the-node"}
+        await status(frontend.client, "GET", "/proxy2/w/version", own)
+        known = {"Authorization": f"Bearer {SECRETS['viewer']}"}
+        await status(frontend.client, "GET", "/proxy2/w/version", known)
+    posted, got, local, needless = (it for it in seen if "Via" in it)
+    assert "Authorization" not in needless
+    assert "Authorization" not in posted
+    assert "X-Forwarded-For" not in posted
+    assert got["X-Forwarded-For"] == "10.0.0.9"
+    assert local["Authorization"] == "Bearer of-the-node"
+
+
+async def test_without_tokens_an_authorization_is_nobodys_matter(frontend_server: StartFrontend) -> None:
+    frontend = await frontend_server()
+    assert (await status(frontend.client, "GET", "/api/nodes", CALLERS["admin"]))[0] == 200
+    found, said = await status(frontend.client, "POST", "/api/proxies", CALLERS["admin"])
+    assert found == 401
+    assert all(option in said for option in (b"--token", b"--token-file", b"--no-auth"))
+
+
+async def test_the_token_of_a_setting_is_an_admins(api_server: StartApi) -> None:
+    worker = await api_server(tcp=True, internal_api_server_token=SECRETS["admin"])
+    assert (await status(worker.client, "GET", "/env", CALLERS["admin"]))[0] == 200
+    assert (await status(worker.client, "GET", "/env", CALLERS["operator"]))[0] == 401
+    for path in ("/env", "/conf"):
+        assert SECRETS["admin"].encode() not in (await status(worker.client, "GET", path, {}))[1]
+
+
+async def test_callers_here_need_not_be_trusted(api_server: StartApi, frontend_server: StartFrontend) -> None:
+    worker = await api_server(internal_api_server_trust_local=False, internal_api_server_token=SECRETS["admin"])
+    frontend = await frontend_server(no_trust_local=True, token=SECRETS["admin"])
+    assert (await status(worker.client, "GET", "/env", {}))[0] == 401
+    assert (await status(worker.client, "GET", "/env", {"Authorization": f"bearer {SECRETS['admin']}"}))[0] == 200
+    assert (await status(frontend.client, "DELETE", "/api/nodes/x", {}))[0] == 401
+
+
+async def test_everybody_may_do_everything_when_the_operator_says_so(
+    api_server: StartApi, frontend_server: StartFrontend, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = await api_server(tcp=True, internal_api_server_auth=False)
+    frontend = await frontend_server(no_auth=True)
+    assert (await status(worker.client, "GET", "/env", CALLERS["anonymous"]))[0] == 200
+    assert (await status(frontend.client, "DELETE", "/api/nodes/x", CALLERS["anonymous"]))[0] == 404
+    assert caplog.text.count("whoever reaches this server may do everything") == 2
+
+
+class TestTokens:
+    async def test_a_changed_file_is_read_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tokens, "LOOK_SECONDS", 0.0)
+        path = tmp_path / "tokens.yaml"
+        path.write_text(json.dumps({"tokens": [entry("operator")]}))
+        known = Tokens(None, str(path), place="here")
+        found = await known.find(SECRETS["operator"])
+        assert found is not None
+        assert (found.name, found.role, found.by_token) == ("the operator", Role.OPERATOR, True)
+        path.write_text(json.dumps({"tokens": [entry("admin")]}))
+        os.utime(path, (1, 1))
+        assert await known.find(SECRETS["operator"]) is None
+        assert await known.find(SECRETS["admin"]) is not None
+        path.unlink()
+        assert await known.find(SECRETS["admin"]) is None
+
+    async def test_bad_lines_are_told_and_left_out(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        lines = [
+            entry("viewer"), {**entry("admin"), "role": "root"}, {**entry("admin"), "sha256": "x"},
+            {**entry("admin"), "name": "a\nb"}, {**entry("admin"), "sha256": entry("viewer")["sha256"]}, [1],
+        ]  # fmt: skip
+        path = tmp_path / "tokens"
+        path.write_text("\n".join([*map(json.dumps, lines), "{no json", ""]))
+        known = Tokens(None, str(path), place="here")
+        assert [await known.find(it) is not None for it in SECRETS.values()] == [True, False, False]
+        assert len(caplog.records) == 6
+        assert [f"line {number}" in caplog.text for number in range(1, 8)] == [False] + [True] * 6
+
+    @pytest.mark.parametrize("content", [None, "tokens: 5", "- a\n- b", "tokens: [", "\x00"])
+    def test_a_file_that_is_none_stops_the_start(self, tmp_path: Path, content: str | None) -> None:
+        path = tmp_path / "tokens"
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(ConfigError, match=re.escape(str(path))):
+            create_app(EmbeddedComponent(Settings(internal_api_server_token_file=str(path))))
+
+    @pytest.mark.parametrize("token", ["short", "x" * 513, "with a space in it 0123", "ümlaut-0123456789-0123"])
+    def test_a_token_that_no_field_takes_stops_the_start(self, token: str) -> None:
+        with pytest.raises(ConfigError, match="here: expected 16 to 512"):
+            Tokens(token, None, place="here")
+
+
+def test_attempts_are_bounded() -> None:
+    attempts = Attempts()
+    for number in range(MAX_ADDRESSES + 10):
+        attempts.failed(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+    assert len(attempts._failures) == MAX_ADDRESSES
+    for number in range(MAX_FAILURES):
+        attempts.failed(f"2001:db8::{number}")
+    assert attempts.wait_seconds("2001:db8::ffff") > 0
+    assert attempts.wait_seconds("2001:db8:0:1::1") == 0
