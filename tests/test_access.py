@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -17,7 +18,9 @@ from yarl import URL
 
 from lmcache_api.app import create_app
 from lmcache_api.embedded import EmbeddedComponent
-from lmcache_api.pytest_plugin import StartApi
+from lmcache_api.pytest_plugin import RunningApi, StartApi
+from lmcache_frontend.audit import AuditLog
+from lmcache_frontend.nodes.node import read_list
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from lmcache_shared.access import tokens
 from lmcache_shared.access.attempts import MAX_ADDRESSES, MAX_FAILURES, Attempts
@@ -259,3 +262,139 @@ def test_attempts_are_bounded() -> None:
         attempts.failed(f"2001:db8::{number}")
     assert attempts.wait_seconds("2001:db8::ffff") > 0
     assert attempts.wait_seconds("2001:db8:0:1::1") == 0
+
+
+class TestANodesToken:
+    async def check(self, worker: RunningApi, frontend: RunningFrontend, name: str) -> None:
+        for caller, headers in CALLERS.items():
+            for method, path, role in ASKED:
+                found, _ = await status(frontend.client, method, f"/proxy2/{name}{path}", headers)
+                assert (found in (401, 403)) == (RANK[caller] < RANK[role]), (caller, method, path)
+        for path in ("/api/nodes", "/api/nodes?detail=true", "/api/proxies", "/api/sources", "/metrics", "/"):
+            _, said = await status(frontend.client, "GET", path, {})
+            assert SECRETS["admin"].encode() not in said
+
+    async def test_of_a_list(self, api_server: StartApi, frontend_server: StartFrontend, token_file: str) -> None:
+        worker = await api_server(internal_api_server_trust_local=False, internal_api_server_token=SECRETS["admin"])
+        entry = {**worker.node, "name": "w", "token": SECRETS["admin"]}
+        await self.check(worker, await frontend_server(nodes=[entry], token_file=token_file), "w")
+
+    async def test_by_hand(
+        self, api_server: StartApi, frontend_server: StartFrontend, token_file: str, tmp_path: Path
+    ) -> None:
+        worker = await api_server(internal_api_server_trust_local=False, internal_api_server_token=SECRETS["admin"])
+        kept = f"sqlite:{tmp_path}/kept.db"
+        first = await frontend_server(registry=kept)
+        node = {**worker.node, "name": "w", "token": SECRETS["admin"]}
+        async with first.client.post("/api/proxies/local_proxy/nodes", json=node) as response:
+            assert SECRETS["admin"] not in await response.text()
+        assert (await status(first.client, "GET", "/proxy2/w/env", {}))[0] == 200
+        assert (await status(first.client, "POST", "/proxy2/w/conf", {"X-Forwarded-For": "10.0.0.9"}))[0] == 401
+        await first.server.stop()
+        assert os.stat(f"{tmp_path}/kept.db").st_mode & 0o777 == 0o600
+        again = await frontend_server(registry=kept, token_file=token_file)
+        await self.check(worker, again, "w")
+        del node["token"]
+        async with again.client.put("/api/nodes/w", json=node) as response:
+            assert response.status == 200
+        assert (await status(again.client, "GET", "/proxy2/w/env", {}))[0] == 401
+
+    async def test_of_a_frontend_on_the_way(
+        self, api_server: StartApi, frontend_server: StartFrontend, token_file: str
+    ) -> None:
+        worker = await api_server()
+        inner = await frontend_server(nodes=[{**worker.node, "name": "w"}], no_trust_local=True, token=SECRETS["admin"])
+        port = inner.server.address.port
+        rack = {"name": "rack", "host": "127.0.0.1", "port": port, "nodes": [], "token": SECRETS["admin"]}
+        await self.check(worker, await frontend_server(nodes=[rack], token_file=token_file), "rack/proxy2/w")
+
+    @pytest.mark.parametrize("token", ["", "a b", "a\r\nX: y", "x" * 513, 5])
+    async def test_one_that_no_field_takes(self, frontend_server: StartFrontend, token: object) -> None:
+        frontend = await frontend_server()
+        node = {"name": "w", "host": "h", "port": 1, "token": token}
+        async with frontend.client.post("/api/proxies/local_proxy/nodes", json=node) as response:
+            assert response.status == 400
+            assert "token" in (await response.json())["reason"]
+
+    def test_it_is_in_no_text_of_a_node(self) -> None:
+        (node,) = read_list(b'[{"name":"w","host":"h","port":1,"token":"of-the-node"}]', "here")
+        assert "of-the-node" not in repr(node)
+
+
+async def test_what_reveals_is_kept_by_nobody(api_server: StartApi, frontend_server: StartFrontend) -> None:
+    worker = await api_server()
+    frontend = await frontend_server(nodes=[{**worker.node, "name": "w"}])
+    for client, before in ((worker.client, ""), (frontend.client, "/proxy2/w")):
+        for path, kept in (("/env", "no-store"), ("/threads", "no-store"), ("/version", None)):
+            async with client.get(before + path) as response:
+                assert response.headers.get("Cache-Control") == kept
+
+
+class TestTheAuditLog:
+    async def test_it_has_every_change_that_passes(
+        self, api_server: StartApi, frontend_server: StartFrontend, token_file: str, tmp_path: Path
+    ) -> None:
+        worker = await api_server()
+        log = tmp_path / "audit"
+        nodes = [{**worker.node, "name": "w"}]
+        frontend = await frontend_server(nodes=nodes, token_file=token_file, audit_log=str(log))
+        for headers in CALLERS.values():
+            for method, path in (("GET", "/version"), ("POST", "/metrics/reset"), ("GET", "/env?password=x")):
+                await status(frontend.client, method, "/proxy2/w" + path, headers)
+        await status(frontend.client, "DELETE", "/api/nodes/nobody", CALLERS["operator"])
+        await status(frontend.client, "POST", "/nowhere", CALLERS["operator"])
+        await frontend.server.stop()
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        told = [(it["who"], it["role"], it["node"], it["method"], it["path"], it["status"]) for it in lines]
+        reset = (str(worker.address), "POST", "/proxy2/w/metrics/reset", 200)
+        env = (str(worker.address), "GET", "/proxy2/w/env", 200)
+        assert told == [
+            ("local", "admin", *reset),
+            ("local", "admin", *env),
+            ("the operator", "operator", *reset),
+            ("the admin", "admin", *reset),
+            ("the admin", "admin", *env),
+            ("the operator", "operator", "", "DELETE", "/api/nodes/nobody", 404),
+        ]
+        assert lines[1]["query"] == {"password": "***"}
+        assert lines[2]["from"] == "10.0.0.9"
+        assert all(it["ms"] > 0 and it["time"].endswith("+00:00") for it in lines)
+        assert log.stat().st_mode & 0o777 == 0o600
+
+    async def test_it_is_bounded(self, tmp_path: Path) -> None:
+        log = AuditLog(str(tmp_path / "audit"), max_bytes=1000)
+        log.start()
+        for number in range(200):
+            await log.add({"number": number, "text": "x" * 80})
+            await asyncio.sleep(0.002)
+        await log.close()
+        files = sorted(tmp_path.iterdir())
+        assert [file.name for file in files] == ["audit", "audit.1", "audit.2", "audit.3", "audit.4"]
+        numbers = [json.loads(line)["number"] for file in reversed(files) for line in file.read_text().splitlines()]
+        assert numbers == list(range(numbers[0], 200))
+
+    async def test_a_disk_that_fails_is_told_once(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        log = AuditLog(str(folder / "audit"))
+        log.start()
+        (folder / "audit").unlink()
+        folder.rmdir()
+        for number in range(3):
+            await log.add({"number": number})
+            await asyncio.sleep(0.02)
+        await log.close()
+        assert caplog.text.count("cannot be written: No such file or directory; changes go on") == 1
+
+    def test_a_file_that_cannot_be_written_stops_the_start(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="--audit-log .*: cannot be written: Is a directory"):
+            AuditLog(str(tmp_path))
+
+
+async def test_a_link_on_another_site_changes_nothing(api_server: StartApi, frontend_server: StartFrontend) -> None:
+    worker = await api_server()
+    frontend = await frontend_server(nodes=[{**worker.node, "name": "w"}])
+    followed = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    for path, found in (("/loglevel", 200), ("/loglevel?logger_name=a&level=info", 403), ("/env", 403)):
+        assert (await status(worker.client, "GET", path, followed))[0] == found
+        assert (await status(frontend.client, "GET", "/proxy2/w" + path, followed))[0] == found

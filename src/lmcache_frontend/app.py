@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
+from lmcache_frontend.audit import AUDIT, AuditLog, audited
 from lmcache_frontend.cluster import Cluster
 from lmcache_frontend.discovery.service import DiscoveryService
 from lmcache_frontend.nodes.by_hand import ByHand
@@ -44,10 +45,10 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     """The frontend of a cluster.
 
     Raises:
-        ConfigError: its tokens cannot be used.
+        ConfigError: its tokens or its audit log cannot be used.
         RouteError: a route module is broken, or two claim one route.
     """
-    app = web.Application(middlewares=[refusals, own_site_only, admitted])
+    app = web.Application(middlewares=[refusals, own_site_only, admitted, audited])
     app[OPTIONS] = options
     app[GATE] = _gate(options)
     app[REGISTRY] = cluster.registry
@@ -60,6 +61,9 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     app[READY] = cluster.not_ready
     app[OWN_METRICS] = OwnMetrics(cluster.registry, cluster.health)
     app.cleanup_ctx.append(_targets)
+    if options.audit_log:
+        app[AUDIT] = AuditLog(options.audit_log)
+        app.cleanup_ctx.append(_audit_log)
     folders = options.route_folder or []
     routes.add_routes(
         app,
@@ -87,3 +91,9 @@ async def _targets(app: web.Application) -> AsyncIterator[None]:
     app[TARGETS] = Targets(app[REGISTRY].has)
     yield
     await app[TARGETS].close()
+
+
+async def _audit_log(app: web.Application) -> AsyncIterator[None]:
+    app[AUDIT].start()
+    yield
+    await app[AUDIT].close()

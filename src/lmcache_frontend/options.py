@@ -32,6 +32,7 @@ _METAVARS = {
     "config": "FILE",
     "lmcache_config": "FILE",
     "token_file": "FILE",
+    "audit_log": "FILE",
     "route_folder": "DIR",
     "socket_prefix": "PATH",
 }
@@ -97,6 +98,7 @@ class Options:
     token_file: str | None = setting(None, "A file of tokens: name, role and sha256 of each; docs/security.md.")
     no_trust_local: bool = setting(False, "Ask callers on this machine for a token too; without it they are admins.")
     no_auth: bool = setting(False, "Ask nobody for a token: whoever reaches the port may do everything.")
+    audit_log: str | None = setting(None, "Write a line in JSON for every change that passes into this file.")
     no_http: bool = setting(False, "Send heartbeats and serve nothing.")
 
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

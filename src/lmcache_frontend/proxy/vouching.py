@@ -3,12 +3,13 @@
 Where the frontend has found that the caller may ask for this, it *vouches*: nothing but `Via` shows that somebody else
 asks, and a target on the same machine takes the request as one from there. For any other caller it names the caller in
 `X-Forwarded-For`, and the target judges by its own table. It vouches for what an admin asks, whatever it is, and for
-what the table knows: of a path that the table does not know, the target may need more.
+what an operator asks and the table knows: of a path that the table does not know, the target may need more. The token
+of the target's entry is shown alike, and for what viewers may ask and the table knows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 from multidict import CIMultiDict
@@ -22,15 +23,24 @@ from lmcache_shared.access.table import of_proxied
 
 @dataclass(frozen=True)
 class Introduction:
-    """How the caller is introduced: fit for the fields that `request_headers` has made."""
+    """How the caller is introduced: fit for the fields that `request_headers` has made.
+
+    Attributes:
+        role: what the request needs.
+    """
 
     vouched: bool
     address: str
     hides_authorization: bool
+    role: Role
+    token: str | None = field(default=None, repr=False)
 
     def write(self, headers: CIMultiDict[str]) -> None:
         if self.hides_authorization:  # it is this frontend's token, and nobody else's business
             headers.popall("Authorization", None)
+        if self.token is not None:
+            headers.popall("Authorization", None)
+            headers["Authorization"] = f"Bearer {self.token}"
         if self.vouched:
             for name in SPEAKING_FOR_OTHERS:
                 headers.popall(name, None)
@@ -40,8 +50,8 @@ class Introduction:
             headers["X-Forwarded-For"] = self.address
 
 
-def introduction(request: web.Request, path: str) -> Introduction:
-    """Let a request pass to `path` at a target if its caller may ask for that.
+def introduction(request: web.Request, path: str, token: str | None) -> Introduction:
+    """Let a request pass to `path` at a target, whose entry has this token, if its caller may ask for that.
 
     Raises:
         Refusal: 401 or 403.
@@ -49,5 +59,6 @@ def introduction(request: web.Request, path: str) -> Introduction:
     asked = of_proxied(request.method, path)
     request.app[GATE].require(request, max(asked.role, Role.VIEWER))
     caller = caller_of(request)
-    vouched = caller.role == Role.ADMIN or (asked.known and asked.role >= Role.OPERATOR)
-    return Introduction(vouched, seen_address(request), caller.by_token)
+    settled = caller.role == Role.ADMIN or asked.known
+    vouched = settled and caller.role >= Role.OPERATOR
+    return Introduction(vouched, seen_address(request), caller.by_token, asked.role, token if settled else None)

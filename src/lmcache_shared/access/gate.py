@@ -9,6 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from lmcache_shared.access.attempts import Attempts
+from lmcache_shared.access.browser import followed_here
 from lmcache_shared.access.caller import Caller, bearer_token, is_local_caller, seen_address
 from lmcache_shared.access.roles import Role, needed
 from lmcache_shared.access.tokens import Tokens
@@ -80,6 +81,8 @@ class Gate:
         Refusal: 401 for who may show a token, 403 for whose token is not enough; the text names the way out.
         """
         caller = caller_of(request)
+        if role >= Role.OPERATOR and not followed_here(request):
+            raise Refusal(403, "a link on another site led here; it may show, and change or reveal nothing")
         if caller.role >= role:
             return
         asked = f"{request.method} {request.path[:200]} needs the role {role.title}"
@@ -113,7 +116,10 @@ async def admitted(request: web.Request, handler: Handler) -> web.StreamResponse
             raise
         request[CALLER] = Caller("anonymous", Role.NOBODY)
     gate.require(request, role)
-    return await handler(request)
+    response = await handler(request)
+    if role >= Role.OPERATOR and not response.prepared:
+        response.headers.setdefault("Cache-Control", "no-store")  # it may reveal something, and nobody keeps a copy
+    return response
 
 
 def caller_of(request: web.Request) -> Caller:
