@@ -18,10 +18,12 @@ from yarl import URL
 
 from lmcache_api.app import create_app
 from lmcache_api.embedded import EmbeddedComponent
-from lmcache_api.pytest_plugin import RunningApi, StartApi
+from lmcache_api.pytest_plugin import RunningApi, StartApi, free_port
 from lmcache_frontend.audit import AuditLog
 from lmcache_frontend.nodes.node import read_list
+from lmcache_frontend.options import Options
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
+from lmcache_frontend.server import serve
 from lmcache_shared.access import tokens
 from lmcache_shared.access.attempts import MAX_ADDRESSES, MAX_FAILURES, Attempts
 from lmcache_shared.access.roles import Role
@@ -398,3 +400,105 @@ async def test_a_link_on_another_site_changes_nothing(api_server: StartApi, fron
     for path, found in (("/loglevel", 200), ("/loglevel?logger_name=a&level=info", 403), ("/env", 403)):
         assert (await status(worker.client, "GET", path, followed))[0] == found
         assert (await status(frontend.client, "GET", "/proxy2/w" + path, followed))[0] == found
+
+
+class TestSignIn:
+    async def sign_in(self, frontend: RunningFrontend, token: str) -> tuple[int, Any]:
+        data, away = {"token": token}, {"X-Forwarded-For": "10.0.0.9"}
+        async with frontend.client.post("/sign-in", data=data, headers=away, allow_redirects=False) as response:
+            return response.status, response.headers.copy()
+
+    async def test_in_and_out(self, frontend_server: StartFrontend, token_file: str) -> None:
+        frontend = await frontend_server(token_file=token_file)
+        found, headers = await self.sign_in(frontend, SECRETS["operator"])
+        assert (found, headers["Location"], headers["Cache-Control"]) == (303, "/", "no-store")
+        cookie = headers["Set-Cookie"]
+        assert "HttpOnly" in cookie
+        assert "SameSite=Strict" in cookie
+        away = {"X-Forwarded-For": "10.0.0.9", "Cookie": cookie.partition(";")[0]}
+        plain = {"X-Forwarded-For": "10.0.0.9"}
+        for path, role in (("/api/nodes/x", "operator"), ("/api/nodes/y", "operator")):
+            assert (await status(frontend.client, "DELETE", path, away))[0] == 404, role
+        frontend.client.cookie_jar.clear()
+        assert (await status(frontend.client, "DELETE", "/api/nodes/x", plain))[0] == 401
+        assert headers["Referrer-Policy"] == "same-origin"  # or browsers send the form with `Origin: null`
+        _, page = await status(frontend.client, "GET", "/sign-in", away)
+        assert b"the operator" in page
+        assert SECRETS["operator"].encode() not in page
+        async with frontend.client.post("/sign-out", headers=away, allow_redirects=False) as response:
+            assert (response.status, response.headers["Location"]) == (303, "/sign-in")
+            assert "Max-Age=0" in response.headers["Set-Cookie"]
+
+    async def test_a_wrong_token(self, frontend_server: StartFrontend, token_file: str) -> None:
+        frontend = await frontend_server(token_file=token_file)
+        for _ in range(MAX_FAILURES):
+            found, headers = await self.sign_in(frontend, "<b>no-such-token</b>")
+            assert (found, "Set-Cookie" in headers) == (401, False)
+        assert (await self.sign_in(frontend, SECRETS["admin"]))[0] == 429
+
+    async def test_pages_of_others_sign_nobody_in(self, frontend_server: StartFrontend, token_file: str) -> None:
+        frontend = await frontend_server(token_file=token_file)
+        link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+        path = f"/sign-in?token={SECRETS['admin']}"
+        for headers, found in ((link, 200), ({}, 303)):
+            async with frontend.client.get(path, headers=headers, allow_redirects=False) as response:
+                assert (response.status, "Set-Cookie" in response.headers) == (found, found == 303)
+        async with frontend.client.post("/sign-in", data={"token": SECRETS["admin"]}, headers=link) as response:
+            assert response.status == 403
+
+    async def test_the_cookie_stays_with_the_frontend(self, frontend_server: StartFrontend, token_file: str) -> None:
+        cookies: list[str | None] = []
+
+        async def node(request: web.Request) -> web.Response:
+            cookies.append(request.headers.get("Cookie"))
+            return web.Response()
+
+        app = web.Application()
+        app.router.add_route("POST", "/{path:.*}", node)
+        async with TestServer(app) as server:
+            nodes = [{"name": "w", "host": "127.0.0.1", "port": server.port}]
+            frontend = await frontend_server(nodes=nodes, token_file=token_file)
+            name = f"lmcache_frontend_{frontend.server.address.port}"
+            for others in ("a=1; ", ""):
+                shown = {"X-Forwarded-For": "10.0.0.9", "Cookie": f"{others}{name}={SECRETS['operator']}"}
+                assert (await status(frontend.client, "POST", "/proxy2/w/conf", shown))[0] == 200
+        assert cookies == ["a=1", None]
+
+    async def test_a_token_is_made_for_a_server_that_others_reach(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for host, options, made in (
+            ("0.0.0.0", {}, True),
+            ("127.0.0.1", {}, False),
+            ("0.0.0.0", {"no_auth": True}, False),
+            ("0.0.0.0", {"token": SECRETS["admin"]}, False),
+        ):
+            stop = asyncio.Event()
+            asyncio.get_running_loop().call_later(0.2, stop.set)
+            await serve(Options(host=host, port=free_port(), registry="memory", **options), stop)
+            assert ("/sign-in?token=" in capsys.readouterr().out) == made
+
+
+async def test_viewers_may_need_a_token(
+    api_server: StartApi, frontend_server: StartFrontend, token_file: str, tmp_path: Path
+) -> None:
+    worker = await api_server()
+    closed = await frontend_server(
+        nodes=[{**worker.node, "name": "w"}], viewers="token", no_trust_local=True, token_file=token_file
+    )
+    for caller, headers in CALLERS.items():
+        found = {
+            path: (await status(closed.client, "GET", path, headers))[0]
+            for path in ("/", "/api/nodes", "/metrics", "/proxy2/w/version", "/health", "/sign-in", "/static/icon.svg")
+        }
+        told = 401 if caller in ("local", "anonymous") else 200
+        assert list(found.values()) == [told] * 4 + [200] * 3, (caller, found)
+    rack = {"name": "rack", "host": "127.0.0.1", "port": closed.server.address.port, "nodes": []}
+    for token, known in (({}, False), ({"token": SECRETS["viewer"]}, True)):
+        frontend = await frontend_server(nodes=[{**rack, **token}], health_interval=1.0)
+        _, said = await status(frontend.client, "GET", "/api/proxies/rack/refresh", {})
+        assert (b'"w"' in said) == known
+        if known:
+            await frontend.server.cluster.health.settled(5)
+            _, said = await status(frontend.client, "GET", "/api/nodes?detail=true", {})
+            assert b'"state":"up"' in said.replace(b" ", b"")
+            _, said = await status(frontend.client, "GET", "/metrics", {})
+            assert b'node="w"' in said

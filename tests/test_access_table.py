@@ -52,7 +52,16 @@ def test_nobody_is_asked_for_less_than_the_issue_says() -> None:
     reading = {
         path for (method, path), it in needs.items() if method not in ("GET", "HEAD") and it.role < Role.OPERATOR
     }
-    asking = {"/cache/lookup", "/lookup", "/health", "/query_instance", "/query_worker_info", "/check_finish"}
+    asking = {
+        "/sign-in",
+        "/sign-out",
+        "/cache/lookup",
+        "/lookup",
+        "/health",
+        "/query_instance",
+        "/query_worker_info",
+        "/check_finish",
+    }
     assert reading == asking
 
 
@@ -97,6 +106,25 @@ def test_nobody_is_asked_for_less_than_the_issue_says() -> None:
 def test_what_a_proxied_request_needs(method: str, target: str, role: Role, known: bool) -> None:
     found = of_proxied(method, target)
     assert (found.role, found.known) == (role, known)
+
+
+@pytest.mark.parametrize(("method", "path"), [*DECLARED, *BY_METHOD])
+def test_every_route_in_every_spelling(method: str, path: str) -> None:
+    path = path.replace("{}", "name")
+    plain = of_proxied(method, path)
+    assert plain.known
+    spelled = [
+        f"//{path[1:]}",
+        f"/.{path}",
+        f"/x/..{path}",
+        path + "/",
+        "/" + "".join(f"%{ord(it):02x}" for it in path[1:]),
+    ]
+    for way in ("", "/proxy2/rack", "/proxy/host/7000", "/proxy2/rack/proxy2/w"):
+        assert of_proxied(method, way + path) == plain
+        assert all(
+            of_proxied(method, way + other).role == max(plain.role, of_proxied(method, "/x").role) for other in spelled
+        )
 
 
 class Transport:

@@ -81,9 +81,11 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
 def _gate(options: Options) -> Gate:
     return Gate(
         Tokens(options.token, options.token_file, place=options.place_of("token")),
-        Names("--token (LMCACHE_FRONTEND_TOKEN)", "--token-file", "--no-auth"),
+        Names("--token (LMCACHE_FRONTEND_TOKEN)", "--token-file", "--no-auth", ", or sign in at /sign-in"),
         trust_local=not options.no_trust_local,
+        open_to_viewers=options.viewers == "open",
         no_auth=options.no_auth,
+        cookie=f"lmcache_frontend_{options.port}",  # browsers send cookies to every port of a host
     )
 
 

@@ -96,6 +96,7 @@ class Options:
         None, "An admin's token, of 16 characters or more; in the environment other users of the machine do not see it."
     )
     token_file: str | None = setting(None, "A file of tokens: name, role and sha256 of each; docs/security.md.")
+    viewers: str = setting("open", "Who may look: everybody, or who has a token.", choices=("open", "token"))
     no_trust_local: bool = setting(False, "Ask callers on this machine for a token too; without it they are admins.")
     no_auth: bool = setting(False, "Ask nobody for a token: whoever reaches the port may do everything.")
     audit_log: str | None = setting(None, "Write a line in JSON for every change that passes into this file.")

@@ -39,10 +39,13 @@ class NodeForm(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Reach:
-    """How this frontend gets somewhere: where it connects, and what it puts before the path that it asks for."""
+    """How this frontend gets somewhere: where it connects, what it puts before the path that it asks for, and the token
+    that it shows there when it asks for itself.
+    """
 
     address: Address
     prefix: str = ""
+    token: str | None = field(default=None, repr=False)
 
     @property
     def proxy_path(self) -> str:
@@ -78,7 +81,7 @@ class Node:
 
     @property
     def reach(self) -> Reach:
-        return self.via or Reach(self.address)
+        return self.via or Reach(self.address, token=self.token)
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,7 @@ class Registry:
         by_name = {name: _meant(known) for name, known in named.items()}
         for proxy in proxies:
             if proxy.name != LOCAL_PROXY:
-                by_name[proxy.name] = by_address[proxy.address] = Reach(proxy.address)
+                by_name[proxy.name] = by_address[proxy.address] = Reach(proxy.address, token=proxy.token)
         nodes = {(proxy.name, node.name): node for proxy in proxies for node in proxy.nodes}
         direct = {proxy.address for proxy in proxies if proxy.name != LOCAL_PROXY}
         direct |= {node.reach.address for node in nodes.values()}
@@ -354,10 +354,10 @@ def _way(proxy: Proxy, node: Node) -> Reach | None:
     if proxy.name == LOCAL_PROXY:
         return None
     if node.path is not None:
-        return Reach(proxy.address, node.path)
+        return Reach(proxy.address, node.path, proxy.token)
     far = isinstance(proxy.address, UnixAddress) or not proxy.address.is_loopback
     if isinstance(node.address, UnixAddress) or (far and node.address.is_loopback):
-        return Reach(proxy.address, node.address.proxy_path())
+        return Reach(proxy.address, node.address.proxy_path(), proxy.token)
     return None
 
 

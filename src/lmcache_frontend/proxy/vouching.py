@@ -27,15 +27,21 @@ class Introduction:
 
     Attributes:
         role: what the request needs.
+        cookie: the name of the cookie of who has signed in here.
     """
 
     vouched: bool
     address: str
     hides_authorization: bool
     role: Role
+    cookie: str
     token: str | None = field(default=None, repr=False)
 
     def write(self, headers: CIMultiDict[str]) -> None:
+        if "Cookie" in headers:
+            headers["Cookie"] = _without(headers["Cookie"], self.cookie)
+            if not headers["Cookie"]:
+                del headers["Cookie"]
         if self.hides_authorization:  # it is this frontend's token, and nobody else's business
             headers.popall("Authorization", None)
         if self.token is not None:
@@ -57,8 +63,16 @@ def introduction(request: web.Request, path: str, token: str | None) -> Introduc
         Refusal: 401 or 403.
     """
     asked = of_proxied(request.method, path)
-    request.app[GATE].require(request, max(asked.role, Role.VIEWER))
+    gate = request.app[GATE]
+    gate.require(request, max(asked.role, Role.VIEWER))
     caller = caller_of(request)
     settled = caller.role == Role.ADMIN or asked.known
     vouched = settled and caller.role >= Role.OPERATOR
-    return Introduction(vouched, seen_address(request), caller.by_token, asked.role, token if settled else None)
+    return Introduction(
+        vouched, seen_address(request), caller.by_token, asked.role, gate.cookie or "", token if settled else None
+    )
+
+
+def _without(cookies: str, name: str) -> str:
+    """A `Cookie` field without that cookie (RFC 6265, section 4.2.1)."""
+    return "; ".join(it for pair in cookies.split(";") if (it := pair.strip()) and it.partition("=")[0].strip() != name)

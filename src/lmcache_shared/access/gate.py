@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from aiohttp import web
 
@@ -30,6 +31,8 @@ class Names:
     token: str
     token_file: str
     no_auth: str
+    page: str = ""
+    """Where a browser can sign in."""
 
 
 class Gate:
@@ -37,17 +40,31 @@ class Gate:
 
     Args:
         tokens: whose token is whose.
+        cookie: the cookie in which a browser that has signed in shows its token.
         names: what the options are called.
         trust_local: a caller on this machine is an admin.
+        open_to_viewers: whoever shows no token is a viewer, and not nobody.
         no_auth: everybody is.
     """
 
-    def __init__(self, tokens: Tokens, names: Names, *, trust_local: bool = True, no_auth: bool = False) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        names: Names,
+        *,
+        trust_local: bool = True,
+        open_to_viewers: bool = True,
+        no_auth: bool = False,
+        cookie: str | None = None,
+    ) -> None:
         self._tokens = tokens
         self._names = names
         self._trust_local = trust_local
+        self._otherwise = Role.VIEWER if open_to_viewers else Role.NOBODY
         self._no_auth = no_auth
+        self.cookie = cookie
         self._attempts = Attempts()
+        self._cookie_attempts = Attempts()  # a browser asks by itself, and must not keep others of its address out
         if no_auth:
             logger.warning("%s: whoever reaches this server may do everything", names.no_auth)
 
@@ -63,9 +80,27 @@ class Gate:
             known = None if token is None else await self._tokens.find(token)
             name = "local" if is_local else "anybody"
             return Caller(name if known is None else known.name, Role.ADMIN, by_token=known is not None)
-        return Caller("anonymous", Role.VIEWER) if token is None else await self._holder(request, token)
+        if token is not None:
+            return await self.holder(request, token)
+        return await self._signed_in(request) or Caller("anonymous", self._otherwise)
 
-    async def _holder(self, request: web.Request, token: str) -> Caller:
+    async def _signed_in(self, request: web.Request) -> Caller | None:
+        """Whose cookie it is. One whose token was taken back is no mistake of its browser's: it may look on."""
+        value = request.cookies.get(self.cookie) if self.cookie is not None and self._tokens.configured else None
+        address = seen_address(request)
+        if not value or self._cookie_attempts.wait_seconds(address):
+            return None
+        found = await self._tokens.find(unquote(value))
+        if found is None:
+            self._cookie_attempts.failed(address)
+        return found
+
+    async def holder(self, request: web.Request, token: str) -> Caller:
+        """Whose token it is.
+
+        Raises:
+            Refusal: 401 for one that is none, 429 after too many of them.
+        """
         address = seen_address(request)
         if seconds := self._attempts.wait_seconds(address):
             raise Refusal(429, f"too many wrong tokens from {address}; wait", {"Retry-After": str(seconds)})
@@ -92,7 +127,7 @@ class Gate:
         raise Refusal(
             401,
             f"{asked}: ask from the host itself, or send `Authorization: Bearer <token>` with a token of {names.token}"
-            f" or {names.token_file}; {names.no_auth} lets everybody do everything",
+            f" or {names.token_file}{names.page}; {names.no_auth} lets everybody do everything",
             _CHALLENGE,
         )
 

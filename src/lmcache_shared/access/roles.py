@@ -61,7 +61,12 @@ class Needs:
 
     def of(self, parameters: Iterable[str]) -> Role:
         """The role for a request with these parameters."""
+        if not self.with_parameter:
+            return self.role
         return max([self.role, *(self.with_parameter[name] for name in parameters if name in self.with_parameter)])
+
+
+_LOOKS, _CHANGES = Needs(Role.VIEWER), Needs(Role.OPERATOR)
 
 
 def needs(role: Role, **with_parameter: Role) -> Callable[[H], H]:
@@ -76,7 +81,7 @@ def needs(role: Role, **with_parameter: Role) -> Callable[[H], H]:
 
 def by_method(method: str) -> Needs:
     """Of a route that declares nothing."""
-    return Needs(Role.VIEWER if method in SAFE_METHODS else Role.OPERATOR)
+    return _LOOKS if method in SAFE_METHODS else _CHANGES
 
 
 def declared(handler: object, method: str) -> Needs:
@@ -88,6 +93,7 @@ def declared(handler: object, method: str) -> Needs:
 def needed(request: web.Request) -> Role:
     """The role that this request needs; what leads nowhere (404, 405) needs none."""
     match = request.match_info
-    if match.http_exception is not None:
+    is_static = isinstance(match.route.resource, web.StaticResource)  # what every page loads, that to sign in too
+    if match.http_exception is not None or is_static:
         return Role.NOBODY
     return declared(match.handler, request.method).of(request.query)

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl, unquote
 
 from lmcache_shared.access.roles import Needs, Role, by_method
 
-_VIEWER, _OPERATOR = Needs(Role.VIEWER), Needs(Role.OPERATOR)
+_NOBODY, _VIEWER, _OPERATOR = Needs(Role.NOBODY), Needs(Role.VIEWER), Needs(Role.OPERATOR)
 
 DECLARED: Mapping[tuple[str, str], Needs] = {
     ("GET", "/env"): Needs(Role.ADMIN),
@@ -28,8 +28,11 @@ DECLARED: Mapping[tuple[str, str], Needs] = {
     ("POST", "/query_instance"): _VIEWER,
     ("POST", "/query_worker_info"): _VIEWER,
     ("POST", "/check_finish"): _VIEWER,
-    ("GET", "/health"): Needs(Role.NOBODY),
-    ("GET", "/ready"): Needs(Role.NOBODY),
+    ("GET", "/health"): _NOBODY,
+    ("GET", "/sign-in"): _NOBODY,
+    ("POST", "/sign-in"): _NOBODY,
+    ("POST", "/sign-out"): _NOBODY,
+    ("GET", "/ready"): _NOBODY,
 }
 """The routes that need something else than their method says."""
 
@@ -80,11 +83,15 @@ def of_proxied(method: str, target: str) -> Proxied:
     Of a path that leads through a further frontend (`/proxy2/rack2/env`) its last part counts.
     """
     path, _, query = target.partition("?")
-    parameters = [name for name, _ in parse_qsl(query, keep_blank_values=True)]
-    found = [_lookup(method, reading) for reading in _readings(path)]
+    parameters = [name for name, _ in parse_qsl(query, keep_blank_values=True)] if query else []
     inner = _innermost(path)
-    known = _PLAIN.fullmatch(inner) is not None and _lookup(method, inner) is not None
-    return Proxied(max((it or by_method(method)).of(parameters) for it in found), known)
+    is_plain = _PLAIN.fullmatch(inner) is not None
+    itself = _lookup(method, inner)
+    if is_plain and "%" not in path:  # there is no other reading
+        return Proxied((itself or by_method(method)).of(parameters), itself is not None)
+    found = [_lookup(method, reading) for reading in _readings(path)]
+    role = max((it or by_method(method)).of(parameters) for it in found)
+    return Proxied(role, is_plain and itself is not None)
 
 
 def _readings(path: str) -> Iterator[str]:
