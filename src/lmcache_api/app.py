@@ -9,10 +9,13 @@ from aiohttp import web
 
 from lmcache_api.component import Category, Component
 from lmcache_shared import routes
-from lmcache_shared.access import own_site_only
+from lmcache_shared.access.browser import own_site_only
+from lmcache_shared.access.gate import GATE, Gate, Names, admitted
+from lmcache_shared.access.tokens import Tokens
 from lmcache_shared.blocking import BlockingPool
 from lmcache_shared.errors import refusals
 from lmcache_shared.schema import BODIES, Bodies
+from lmcache_shared.settings import Settings
 
 T = TypeVar("T")
 
@@ -42,9 +45,13 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
             the settings and installed packages are served in any case.
 
     Raises:
+        ConfigError: its tokens cannot be used.
         RouteError: a route module is broken, or two claim one route.
     """
-    app = web.Application(middlewares=[refusals, own_site_only, _without_slash], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(
+        middlewares=[refusals, own_site_only, admitted, _without_slash], client_max_size=MAX_BODY_BYTES
+    )
+    app[GATE] = _gate(component.settings)
     app[COMPONENT] = component
     app[POOL] = BlockingPool(f"lmcache-api-{component.index}")
     app[ENGINE_POOL] = BlockingPool(f"lmcache-api-{component.index}-engine")
@@ -64,6 +71,16 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
         ],
     )
     return app
+
+
+def _gate(settings: Settings) -> Gate:
+    name = "internal_api_server_token"
+    return Gate(
+        Tokens(settings.internal_api_server_token, settings.internal_api_server_token_file, place=name),
+        Names(name, f"{name}_file", "internal_api_server_auth: false"),
+        trust_local=settings.internal_api_server_trust_local,
+        no_auth=not settings.internal_api_server_auth,
+    )
 
 
 def categories_of(component: Component) -> Sequence[Category]:

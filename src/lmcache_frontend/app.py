@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 
 from aiohttp import web
 
+from lmcache_frontend.audit import AUDIT, AuditLog, audited
 from lmcache_frontend.cluster import Cluster
 from lmcache_frontend.discovery.service import DiscoveryService
 from lmcache_frontend.nodes.by_hand import ByHand
@@ -18,7 +19,9 @@ from lmcache_frontend.proxy.transport import Targets
 from lmcache_frontend.telemetry.health.board import HealthBoard
 from lmcache_frontend.telemetry.metrics.own import OWN_METRICS, OwnMetrics
 from lmcache_shared import routes
-from lmcache_shared.access import own_site_only
+from lmcache_shared.access.browser import own_site_only
+from lmcache_shared.access.gate import GATE, Gate, Names, admitted
+from lmcache_shared.access.tokens import Tokens
 from lmcache_shared.errors import refusals
 
 OPTIONS: web.AppKey[Options] = web.AppKey("options", Options)
@@ -42,10 +45,12 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     """The frontend of a cluster.
 
     Raises:
+        ConfigError: its tokens or its audit log cannot be used.
         RouteError: a route module is broken, or two claim one route.
     """
-    app = web.Application(middlewares=[refusals, own_site_only])
+    app = web.Application(middlewares=[refusals, own_site_only, admitted, audited])
     app[OPTIONS] = options
+    app[GATE] = _gate(options)
     app[REGISTRY] = cluster.registry
     app[SOURCES] = cluster.sources
     app[BY_HAND] = cluster.by_hand
@@ -56,6 +61,9 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     app[READY] = cluster.not_ready
     app[OWN_METRICS] = OwnMetrics(cluster.registry, cluster.health)
     app.cleanup_ctx.append(_targets)
+    if options.audit_log:
+        app[AUDIT] = AuditLog(options.audit_log)
+        app.cleanup_ctx.append(_audit_log)
     folders = options.route_folder or []
     routes.add_routes(
         app,
@@ -70,7 +78,24 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     return app
 
 
+def _gate(options: Options) -> Gate:
+    return Gate(
+        Tokens(options.token, options.token_file, place=options.place_of("token")),
+        Names("--token (LMCACHE_FRONTEND_TOKEN)", "--token-file", "--no-auth", ", or sign in at /sign-in"),
+        trust_local=not options.no_trust_local,
+        open_to_viewers=options.viewers == "open",
+        no_auth=options.no_auth,
+        cookie=f"lmcache_frontend_{options.port}",  # browsers send cookies to every port of a host
+    )
+
+
 async def _targets(app: web.Application) -> AsyncIterator[None]:
     app[TARGETS] = Targets(app[REGISTRY].has)
     yield
     await app[TARGETS].close()
+
+
+async def _audit_log(app: web.Application) -> AsyncIterator[None]:
+    app[AUDIT].start()
+    yield
+    await app[AUDIT].close()

@@ -31,6 +31,8 @@ _METAVARS = {
     "nodes": "JSON",
     "config": "FILE",
     "lmcache_config": "FILE",
+    "token_file": "FILE",
+    "audit_log": "FILE",
     "route_folder": "DIR",
     "socket_prefix": "PATH",
 }
@@ -90,6 +92,14 @@ class Options:
     report_host: str | None = setting(
         None, "The host to report; without one this machine's address on the way to the service."
     )
+    token: str | None = setting(
+        None, "An admin's token, of 16 characters or more; in the environment other users of the machine do not see it."
+    )
+    token_file: str | None = setting(None, "A file of tokens: name, role and sha256 of each; docs/security.md.")
+    viewers: str = setting("open", "Who may look: everybody, or who has a token.", choices=("open", "token"))
+    no_trust_local: bool = setting(False, "Ask callers on this machine for a token too; without it they are admins.")
+    no_auth: bool = setting(False, "Ask nobody for a token: whoever reaches the port may do everything.")
+    audit_log: str | None = setting(None, "Write a line in JSON for every change that passes into this file.")
     no_http: bool = setting(False, "Send heartbeats and serve nothing.")
 
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import gc
 import logging
+import secrets
 import signal
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
@@ -16,11 +18,13 @@ from lmcache_frontend.cluster import Cluster
 from lmcache_frontend.discovery.heartbeat import HEARTBEAT, Heartbeat
 from lmcache_frontend.nodes.node import Node, Proxy
 from lmcache_frontend.options import Options
-from lmcache_shared.address import TcpAddress, tcp_address
+from lmcache_shared.address import TcpAddress, is_loopback_host, tcp_address
 from lmcache_shared.listen import make_runner, make_site
 from lmcache_shared.program import say
 
 logger = logging.getLogger(__name__)
+
+ANY_HOST = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared, not bound
 
 DRAIN_SECONDS = 1.0
 """How long requests in flight may take when the frontend stops."""
@@ -95,10 +99,17 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
         StartError: as `FrontendServer` and its `start`.
     """
     if not options.no_http:
+        made = _made_token(options)
+        if made is not None:
+            options = replace(options, token=made)
         async with FrontendServer(options, nodes) as server:
             with _hangup_reloads(server.cluster):
                 gc.freeze()  # what is here now stays: looking at it again and again holds requests up for milliseconds
                 say(f"frontend serves on http://{server.address} ({_nodes(server.cluster)})")
+                if made is not None:
+                    say(
+                        f"to change something from another machine: http://{_public(server.address)}/sign-in?token={made}"
+                    )
                 await stop.wait()
             say("stopping")
         return
@@ -114,6 +125,17 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
     finally:
         await heartbeat.stop()
         await cluster.stop()
+
+
+def _made_token(options: Options) -> str | None:
+    """A token for a server that others can reach, when the operator gave none: whoever reads its first lines has it."""
+    is_given = options.token or options.token_file or options.no_auth
+    return None if is_given or is_loopback_host(options.host) else secrets.token_urlsafe(24)
+
+
+def _public(address: TcpAddress) -> TcpAddress:
+    """The address as others may know it: of all interfaces, this machine's name."""
+    return replace(address, host=socket.gethostname()) if address.host in ANY_HOST else address
 
 
 def _nodes(cluster: Cluster) -> str:

@@ -117,6 +117,19 @@ class Settings:
         None, "Names to mask in `/env` and `/conf` beside the built-in rule; `*` stands for any text.",
         section=EXTRA,
     )  # fmt: skip
+    internal_api_server_token: str | None = setting(
+        None, "An admin's token, of 16 characters or more, for callers on other machines.", section=EXTRA
+    )
+    internal_api_server_token_file: str | None = setting(
+        None, "A file of tokens: name, role and sha256 of each (docs/security.md).", section=EXTRA
+    )
+    internal_api_server_trust_local: bool = setting(
+        True, "Callers on this machine are admins; if not, they need a token too.", section=EXTRA
+    )
+    internal_api_server_auth: bool = setting(
+        True, "Ask callers on other machines for a token before they change something; if not, whoever reaches the"
+        " server may do everything.", section=EXTRA,
+    )  # fmt: skip
     run_script_max_bytes: int = setting(
         1048576, "The largest script that is taken, in bytes.", section=EXTRA, minimum=1, maximum=67108864
     )

@@ -68,9 +68,14 @@ async def here(api_server: StartApi) -> RunningApi:
     return await api_server("controller", controller_answer_seconds=ANSWER_SECONDS)
 
 
+TOKEN = "of-the-whole-deployment"
+
+
 @pytest.fixture
 async def by_port(api_server: StartApi) -> RunningApi:
-    return await api_server("controller", tcp=True, controller_answer_seconds=ANSWER_SECONDS)
+    return await api_server(
+        "controller", tcp=True, controller_answer_seconds=ANSWER_SECONDS, internal_api_server_token=TOKEN
+    )
 
 
 Serve = Callable[[Handler], Awaitable[int]]
@@ -368,6 +373,9 @@ async def test_nobody_reports_through_a_proxy(by_port: RunningApi, header: str) 
     body = {"instance_id": "two", "worker_id": 0, "port": "8000", "key_count": 0}
     for method, more in (("POST", {"json": body}), ("DELETE", {"params": {"instance_id": "one", "worker_id": 0}})):
         status, answer = await ask(by_port, method, "/controller/workers", headers={header: "x"}, **more)
+        assert status == 401  # nobody knows whose address it is, and no token says so
+        shown = {header: "x", "Authorization": f"Bearer {TOKEN}"}
+        status, answer = await ask(by_port, method, "/controller/workers", headers=shown, **more)
         assert (status, "not through a proxy" in answer["detail"]) == (403, True)
     assert await workers_of(by_port) == [("one", 0, "127.0.0.1", 8000, 0)]
 

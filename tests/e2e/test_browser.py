@@ -91,3 +91,26 @@ def test_a_frontend_without_nodes_says_what_to_do(browser: Browser) -> None:
         assert seen.page.get_by_role("heading", name="No nodes yet").is_visible()
         assert (seen.errors, seen.outside) == ([], [])
         seen.page.close()
+
+
+def test_who_signs_in_needs_no_javascript(browser: Browser) -> None:
+    port, token = free_port(), "a-token-of-sixteen"
+    options = ["--registry", "memory", "--no-trust-local", "--viewers", "token", "--token", token]
+    with running("-m", "lmcache_frontend", "--host", "127.0.0.1", "--port", str(port), *options) as frontend:
+        read_until(frontend, "serves on")
+        with browser.new_context(java_script_enabled=False) as context:
+            page, url = context.new_page(), f"http://127.0.0.1:{port}"
+            opened = page.goto(f"{url}/")
+            assert opened is not None
+            assert opened.status == 401
+            page.goto(f"{url}/sign-in")
+            page.fill("input[name=token]", "a-wrong-token")
+            page.click("text=Sign in")
+            assert "none that this server knows" in page.inner_text("[role=alert]")
+            page.fill("input[name=token]", token)
+            page.click("button")
+            page.wait_for_url(f"{url}/")
+            assert "LMCache" in page.title()
+            page.click("footer a")
+            page.click("text=Sign out")
+            assert context.cookies() == []

@@ -5,7 +5,8 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 
 from lmcache_frontend.nodes.node import read_list
-from lmcache_frontend.proxy.policy import Policy, is_local_caller
+from lmcache_frontend.proxy.policy import Policy
+from lmcache_shared.access.caller import is_local_caller
 from lmcache_shared.address import Address, TcpAddress, UnixAddress
 from lmcache_shared.errors import Refusal
 from tests.frontend.registries import registry_of

@@ -99,7 +99,7 @@ async def test_every_method(frontend_server: StartFrontend, method: str) -> None
 async def test_path_and_query_go_on_byte_for_byte(frontend_server: StartFrontend, target: bytes) -> None:
     async with serving(Upstream()) as upstream:
         frontend = await frontend_for(frontend_server, upstream.node)
-        line = b"GET /proxy2/upstream" + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        line = b"GET /proxy2/upstream" + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         answer = await raw(frontend.server.address.port, line)
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n"), answer
         assert upstream.heads[0].split(b"\r\n")[0] == b"GET " + target + b" HTTP/1.1"
@@ -109,7 +109,7 @@ async def test_a_target_alone_is_its_root_and_the_absolute_form_is_read(frontend
     async with serving(Upstream()) as upstream:
         frontend = await frontend_for(frontend_server, upstream.node)
         for start in (b"/proxy2/upstream", b"http://front:80/proxy2/upstream"):
-            line = b"GET " + start + b" HTTP/1.1\r\nHost: front\r\nConnection: close\r\n\r\n"
+            line = b"GET " + start + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
             assert (await raw(frontend.server.address.port, line)).startswith(b"HTTP/1.1 200")
         assert [head.split(b"\r\n")[0] for head in upstream.heads] == [b"GET / HTTP/1.1"] * 2
 
@@ -119,7 +119,7 @@ async def test_bytes_that_are_no_ascii_are_refused(
 ) -> None:
     async with serving(Upstream()) as upstream:
         frontend = await frontend_for(frontend_server, upstream.node)
-        line = b"GET /proxy2/upstream/\xff\xc3\xa9 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        line = b"GET /proxy2/upstream/\xff\xc3\xa9 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         assert b" 400 " in (await raw(frontend.server.address.port, line)).split(b"\r\n")[0]
         assert upstream.heads == []
     assert not caplog.records
@@ -129,7 +129,7 @@ async def test_header_fields_of_a_request(frontend_server: StartFrontend) -> Non
     async with serving(Upstream()) as upstream:
         frontend = await frontend_for(frontend_server, upstream.node)
         line = (
-            b"GET /proxy2/upstream/a HTTP/1.1\r\nHost: front\r\nConnection: close, X-Mine\r\nX-Mine: 1\r\n"
+            b"GET /proxy2/upstream/a HTTP/1.1\r\nHost: localhost\r\nConnection: close, X-Mine\r\nX-Mine: 1\r\n"
             b"Keep-Alive: 5\r\n"
             b"Proxy-Authorization: Basic eA==\r\nTE: trailers\r\nTrailer: X\r\nUpgrade: h2c\r\nProxy-Connection: x\r\n"
             b"Cookie: a=b\r\nX-Twice: 1\r\nX-Twice: 2\r\nAuthorization: Bearer y\r\nVia: 1.0 first\r\n\r\n"
@@ -142,7 +142,7 @@ async def test_header_fields_of_a_request(frontend_server: StartFrontend) -> Non
             f"Host: 127.0.0.1:{upstream.port}",
             "Via: 1.0 first, 1.1 lmcache-frontend",
             "X-Forwarded-For: 127.0.0.1",
-            "X-Forwarded-Host: front",
+            "X-Forwarded-Host: localhost",
             "X-Forwarded-Prefix: /proxy2/upstream",
             "X-Forwarded-Proto: http",
             "X-Twice: 1",
@@ -158,7 +158,7 @@ async def test_header_fields_of_an_answer(frontend_server: StartFrontend) -> Non
     )
     async with serving(Upstream(answer)) as upstream:
         frontend = await frontend_for(frontend_server, upstream.node)
-        line = b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        line = b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         head, _, body = (await raw(frontend.server.address.port, line)).partition(b"\r\n\r\n")
         assert body == b"raw"  # not decompressed on the way
         assert sorted(head.decode().split("\r\n")) == [
@@ -179,7 +179,7 @@ async def test_header_fields_of_an_answer(frontend_server: StartFrontend) -> Non
 async def test_a_field_that_is_no_utf8_is_no_500(frontend_server: StartFrontend) -> None:
     async with serving(Upstream(b"HTTP/1.1 200 OK\r\nX-Odd: a\xffb\r\nContent-Length: 2\r\n\r\nok")) as upstream:
         frontend = await frontend_for(frontend_server, upstream.node)
-        line = b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\nX-In: a\xffb\r\nConnection: close\r\n\r\n"
+        line = b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nX-In: a\xffb\r\nConnection: close\r\n\r\n"
         answer = await raw(frontend.server.address.port, line)
         assert answer.startswith(b"HTTP/1.1 200 OK")
         assert b"X-Odd: a\xffb\r\n" in answer
@@ -308,7 +308,7 @@ async def test_a_caller_that_leaves_ends_the_request_to_the_target(frontend_serv
     async with serving(Upstream(talk=talk)) as upstream:
         frontend = await frontend_for(frontend_server, upstream.node)
         _, writer = await asyncio.open_connection("127.0.0.1", frontend.server.address.port)
-        writer.write(b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
         await asyncio.sleep(0.2)
         writer.close()
         await asyncio.wait_for(gone.wait(), 10)
@@ -439,7 +439,7 @@ async def test_a_dead_target_that_is_scraped_fills_no_log(
 )
 async def test_refusals(frontend_server: StartFrontend, path: str, status: int, detail: str) -> None:
     frontend = await frontend_server()
-    line = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+    line = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
     answer = await raw(frontend.server.address.port, line)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
     assert b"Content-Type: application/json\r\n" in answer
@@ -454,7 +454,7 @@ async def test_a_request_whose_body_breaks_is_no_500(
 
     async with serving(Upstream(talk=talk)) as upstream:
         frontend = await frontend_for(frontend_server, upstream.node)
-        head = b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
         answer = await raw(frontend.server.address.port, head + b"4\r\nhalf\r\nnonsense\r\n")
         assert b" 500 " not in answer
         _, writer = await asyncio.open_connection("127.0.0.1", frontend.server.address.port)
@@ -520,7 +520,7 @@ async def test_an_http_1_0_caller_sees_the_end_of_an_answer_without_length(front
     answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
     async with serving(Upstream(answer)) as upstream:
         frontend = await frontend_for(frontend_server, upstream.node)
-        line = b"GET /proxy2/upstream/ HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\n\r\n"
+        line = b"GET /proxy2/upstream/ HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n\r\n"
         assert (await asyncio.wait_for(raw(frontend.server.address.port, line), 10)).endswith(b"\r\n\r\nok")
 
 
@@ -562,7 +562,7 @@ async def test_a_caller_that_never_reads_does_not_hold_the_target(
         with socket.socket() as caller:
             caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             caller.connect(("127.0.0.1", frontend.server.address.port))
-            caller.sendall(b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\n\r\n")
+            caller.sendall(b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await asyncio.wait_for(gone.wait(), 10)
 
 
@@ -580,14 +580,14 @@ async def test_a_caller_that_stops_sending_does_not_hold_the_target(
         frontend = await frontend_for(frontend_server, upstream.node)
         with socket.socket() as caller:
             caller.connect(("127.0.0.1", frontend.server.address.port))
-            caller.sendall(b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+            caller.sendall(b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nhalf")
             await asyncio.wait_for(gone.wait(), 10)
 
 
 async def test_every_via_goes_on(frontend_server: StartFrontend) -> None:
     async with serving(Upstream()) as upstream:
         frontend = await frontend_for(frontend_server, upstream.node)
-        line = b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: x\r\nVia: 1.0 a\xff\r\nVia: 1.1 b\r\nConnection: close\r\n\r\n"
+        line = b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nVia: 1.0 a\xff\r\nVia: 1.1 b\r\nConnection: close\r\n\r\n"
         assert (await raw(frontend.server.address.port, line)).startswith(b"HTTP/1.1 200")
         assert b"Via: 1.0 a\xff, 1.1 b, 1.1 lmcache-frontend\r\n" in upstream.heads[0]
 
@@ -623,7 +623,7 @@ async def test_one_large_piece_to_a_caller_that_never_reads_is_bounded(monkeypat
     try:
         with socket.socket() as caller:
             caller.connect(("127.0.0.1", port))
-            caller.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            caller.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await asyncio.wait_for(ended.wait(), 5)
     finally:
         await runner.cleanup()

@@ -1,7 +1,7 @@
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
-from lmcache_shared.access import is_from_another_site
+from lmcache_shared.access.browser import is_from_another_site
 
 
 def asked(method: str = "GET", **fields: str) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from lmcache_shared.access.roles import Role, needs
 from lmcache_shared.errors import Refusal
 from lmcache_shared.responses import text_response
 from lmcache_shared.schema import parse_query
@@ -23,6 +24,7 @@ class LogLevelQuery:
 
 
 @router.get("/loglevel")
+@needs(Role.VIEWER, level=Role.OPERATOR)
 async def loglevel(request: web.Request) -> web.Response:
     """All loggers; or one logger's level; or, with `level`, set it for the logger and all its handlers."""
     query = parse_query(request, LogLevelQuery)

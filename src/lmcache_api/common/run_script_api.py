@@ -21,6 +21,7 @@ from typing import Any
 from aiohttp import web
 
 from lmcache_api.app import COMPONENT, call
+from lmcache_shared.access.roles import Role, needs
 from lmcache_shared.responses import text_response
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ def setup(app: web.Application) -> None:
 
 
 @router.post("/run_script")
+@needs(Role.ADMIN)
 async def run_script(request: web.Request) -> web.Response:
     """Run the file `script` of a multipart form with `app` in reach; answer `str(result)`."""
     component = request.app[COMPONENT]

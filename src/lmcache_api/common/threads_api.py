@@ -10,6 +10,7 @@ from types import FrameType
 from aiohttp import web
 
 from lmcache_api.app import DIAGNOSTICS, call
+from lmcache_shared.access.roles import Role, needs
 from lmcache_shared.responses import text_response
 from lmcache_shared.schema import parse_query
 
@@ -29,6 +30,7 @@ class ThreadsQuery:
 
 
 @router.get("/threads")
+@needs(Role.OPERATOR)
 async def threads(request: web.Request) -> web.Response:
     """Threads and tasks with their stacks, then a summary that counts the threads.
 

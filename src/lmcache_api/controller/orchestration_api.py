@@ -9,6 +9,7 @@ from aiohttp import web
 from lmcache_api.app import COMPONENT, call
 from lmcache_api.component import Operation
 from lmcache_api.orchestration import ask, controller_of
+from lmcache_shared.access.roles import Role, needs
 from lmcache_shared.errors import Refusal
 from lmcache_shared.responses import json_response, plain
 from lmcache_shared.schema import MAX_BODY_BYTES, body_of, read_body
@@ -88,6 +89,7 @@ async def _operate(request: web.Request, name: str, model: type[Any]) -> web.Res
 
 
 @router.post("/lookup")
+@needs(Role.VIEWER)
 async def lookup(request: web.Request) -> web.Response:
     """Which instance knows how many of the tokens, and where: `layout_info`."""
     return await _operate(request, "lookup", Lookup)
@@ -124,24 +126,28 @@ async def move(request: web.Request) -> web.Response:
 
 
 @router.post("/health")
+@needs(Role.VIEWER)
 async def health(request: web.Request) -> web.Response:
     """Each worker of an instance: `error_codes`, 0 is well."""
     return await _operate(request, "health", Health)
 
 
 @router.post("/query_instance")
+@needs(Role.VIEWER)
 async def query_instance(request: web.Request) -> web.Response:
     """The instance at an IP address: `res`."""
     return await _operate(request, "query_instance", QueryInstance)
 
 
 @router.post("/check_finish")
+@needs(Role.VIEWER)
 async def check_finish(request: web.Request) -> web.Response:
     """How far an operation is: `status`."""
     return await _operate(request, "check_finish", CheckFinish)
 
 
 @router.post("/query_worker_info")
+@needs(Role.VIEWER)
 async def query_worker_info(request: web.Request) -> web.Response:
     """An instance's workers (`all`: everyone's): `worker_infos`."""
     return await _operate(request, "query_worker_info", QueryWorkerInfo)

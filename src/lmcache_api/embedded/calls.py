@@ -15,11 +15,13 @@ MAX_ANSWER_BYTES = 1 << 20
 MAX_REFUSAL_BYTES = 1 << 12
 
 
-def ask(address: Address, method: str, path: str, body: object = None, *, seconds: float) -> dict[str, Any]:
+def ask(
+    address: Address, method: str, path: str, body: object = None, *, seconds: float, token: str | None = None
+) -> dict[str, Any]:
     """The JSON object that the component at `address` answers; connecting, asking and answering have `seconds`.
 
     Looking up a host's name is not in them: the system's resolver has its own limit (resolv.conf), and no other way to
-    be stopped.
+    be stopped. With `token` the caller shows who it is.
 
     Raises:
         OSError: it does not answer in time, or with something else; the text names the address.
@@ -27,7 +29,10 @@ def ask(address: Address, method: str, path: str, body: object = None, *, second
     connection = _Connection(address, time.monotonic() + seconds)
     text = None if body is None else json.dumps(body, separators=(",", ":"))
     try:
-        connection.request(method, path, text, {"Content-Type": "application/json"} if text is not None else {})
+        headers = {"Content-Type": "application/json"} if text is not None else {}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        connection.request(method, path, text, headers)
         with connection.getresponse() as response:  # which holds the socket beyond the connection's end
             content = response.read(MAX_ANSWER_BYTES)
         answer = json.loads(content) if response.status == 200 else {}

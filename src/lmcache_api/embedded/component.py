@@ -156,6 +156,7 @@ class EmbeddedComponent:
             address=place(self.settings, self.index).address,
             engine=engine,
             interval=self.settings.controller_worker_seconds / REPORTS_A_TIMEOUT,
+            token=self.settings.internal_api_server_token,
         )
 
     def _make_lookup(self, workers: Sequence[EmbeddedComponent]) -> SchedulerLookup:

@@ -371,7 +371,8 @@ class EmbeddedController:
         self._make_room(len(workers))
 
         async def ask(worker: Registered) -> None:
-            answer = await self._fan_out.ask(worker.address, question, settings.controller_operation_seconds)
+            token = _token_for(worker.address, settings)
+            answer = await self._fan_out.ask(worker.address, question, settings.controller_operation_seconds, token)
             event.answers[worker.name] = {"worker": worker.name, **answer}
             event.waiting.discard(worker.name)
 
@@ -437,3 +438,12 @@ def _bare(host: str) -> str:
 
 def _event_id(prefix: str) -> str:
     return f"{prefix}{uuid.uuid4()}"
+
+
+def _token_for(address: Address, settings: Settings) -> str | None:
+    """The deployment's token, for workers that ask for it: they had to show it to be registered.
+
+    A worker on this machine that trusts its callers needs none, and may be somebody else's process.
+    """
+    is_near = not isinstance(address, TcpAddress) or address.is_loopback
+    return None if is_near and settings.internal_api_server_trust_local else settings.internal_api_server_token

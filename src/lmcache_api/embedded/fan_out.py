@@ -96,13 +96,18 @@ class FanOut:
         self._places = asyncio.Semaphore(ASKED_AT_ONCE)
         self._asked: dict[Address, int] = {}
 
-    async def ask(self, address: Address, question: Question, seconds: float) -> dict[str, Any]:
-        """What a worker answers, or why it has not: `status` is `success` or `error`; never later than `seconds`."""
+    async def ask(
+        self, address: Address, question: Question, seconds: float, token: str | None = None
+    ) -> dict[str, Any]:
+        """What a worker answers, or why it has not: `status` is `success` or `error`; never later than `seconds`.
+
+        `token` is shown to workers on other machines, which ask for one before they change something.
+        """
         if self._asked.get(address, 0) >= ASKED_OF_ONE:
             return _error(f"it has not answered {ASKED_OF_ONE} earlier questions")
         with self._counted(address):
             try:
-                return await asyncio.wait_for(self._asked_in_turn(address, question), seconds)
+                return await asyncio.wait_for(self._asked_in_turn(address, question, token), seconds)
             except asyncio.TimeoutError:
                 return _error(f"no answer within {seconds:g} seconds")
             except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -121,16 +126,16 @@ class FanOut:
             if not self._asked[address]:
                 del self._asked[address]
 
-    async def _asked_in_turn(self, address: Address, question: Question) -> dict[str, Any]:
+    async def _asked_in_turn(self, address: Address, question: Question, token: str | None) -> dict[str, Any]:
         async with self._places:
-            status, content = await _exchange(address, question)
+            status, content = await _exchange(address, question, token)
         read = functools.partial(_read, status, content, question.answer)
         if len(content) <= MAX_HERE_BYTES:
             return read()
         return await asyncio.get_running_loop().run_in_executor(None, read)
 
 
-async def _exchange(address: Address, question: Question) -> tuple[int, bytes]:
+async def _exchange(address: Address, question: Question, token: str | None) -> tuple[int, bytes]:
     """The status and the body that the worker answers.
 
     Raises:
@@ -140,6 +145,8 @@ async def _exchange(address: Address, question: Question) -> tuple[int, bytes]:
     """
     base = f"http://{address}" if isinstance(address, TcpAddress) else "http://localhost"
     headers = {"Accept-Encoding": "identity"}
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
     if question.body is not None:
         headers |= {"Content-Type": "application/json", "Content-Length": str(len(question.body))}
     connector = _connector(address)

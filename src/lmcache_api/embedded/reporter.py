@@ -58,6 +58,7 @@ class ControllerReporter(PeriodicThread):
         address: where it is asked.
         engine: whose chunks are counted.
         interval: seconds between two reports, until the controller says how often it wants them.
+        token: shown to the controller, which asks callers on other machines for one.
     """
 
     def __init__(
@@ -69,10 +70,12 @@ class ControllerReporter(PeriodicThread):
         address: Address,
         engine: EmbeddedEngine,
         interval: float,
+        token: str | None = None,
     ) -> None:
         super().__init__("controller-reporter-thread", interval=interval, level="high")
         self._controller = controller
         self._engine = engine
+        self._token = token
         self._known = False
         self._silent = False
         self._worker: dict[str, Any] = {"instance_id": instance_id, "worker_id": worker_id}
@@ -89,7 +92,7 @@ class ControllerReporter(PeriodicThread):
         report = {**self._worker, **self._where, "key_count": keys}
         try:
             seconds = min(REPORT_SECONDS, PART_OF_AN_INTERVAL * self.interval)
-            answer = ask(self._controller, "POST", "/controller/workers", report, seconds=seconds)
+            answer = ask(self._controller, "POST", "/controller/workers", report, seconds=seconds, token=self._token)
         except OSError as error:
             if not self._silent:
                 logger.warning(
@@ -115,7 +118,7 @@ class ControllerReporter(PeriodicThread):
             return
         with contextlib.suppress(OSError):
             query = urllib.parse.urlencode(self._worker)
-            ask(self._controller, "DELETE", f"/controller/workers?{query}", seconds=LEAVE_SECONDS)
+            ask(self._controller, "DELETE", f"/controller/workers?{query}", seconds=LEAVE_SECONDS, token=self._token)
 
 
 def _is_number(host: str) -> bool:

@@ -9,6 +9,7 @@ from lmcache_api.app import COMPONENT
 from lmcache_api.component import LookupClient
 from lmcache_api.operations import attempt, engine_of, on_engine
 from lmcache_api.tokens import read_tokens
+from lmcache_shared.access.roles import Role, needs
 from lmcache_shared.errors import Failure
 from lmcache_shared.responses import json_response
 
@@ -40,6 +41,7 @@ async def retrieve(request: web.Request) -> web.Response:
 
 @router.get("/cache/lookup")
 @router.post("/cache/lookup")
+@needs(Role.VIEWER)
 async def lookup(request: web.Request) -> web.Response:
     """How many of the tokens are known and where they lie; a scheduler asks its workers. Nothing changes by asking."""
     component = request.app[COMPONENT]

@@ -12,7 +12,7 @@ from lmcache_frontend.app import DISCOVERY
 from lmcache_frontend.discovery.service import KEEP_SECONDS, Beat, Full, Report
 from lmcache_frontend.nodes.found import MAX_FOUND, SCHEME, read_api_address
 from lmcache_frontend.nodes.stores import StoreAway
-from lmcache_frontend.proxy.policy import is_local_caller
+from lmcache_shared.access.caller import is_local_caller
 from lmcache_shared.errors import AddressError, Refusal
 from lmcache_shared.responses import json_response
 from lmcache_shared.schema import parse_query

@@ -25,7 +25,7 @@ async def add_proxy(request: web.Request) -> web.Response:
     """Add a proxy; its nodes are asked for at once."""
     entry = await read_form(request, "Invalid proxy format")
     if isinstance(entry, Node):
-        entry = Proxy(entry.name, entry.host, entry.port, entry.address)
+        entry = Proxy(entry.name, entry.host, entry.port, entry.address, token=entry.token)
     await request.app[BY_HAND].add_proxy(entry)
     return json_response({"status": "success", "message": "Proxy added"})
 

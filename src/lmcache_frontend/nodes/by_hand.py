@@ -264,7 +264,12 @@ class ByHand:
         key = _key(proxy.name)
         before = self._records.get(key)
         after = _Record(
-            proxy.name, proxy.host, proxy.port, over=self._lies_over(proxy.name), change=_number(before) + 1
+            proxy.name,
+            proxy.host,
+            proxy.port,
+            proxy.token,
+            over=self._lies_over(proxy.name),
+            change=_number(before) + 1,
         )
         return [Change(key, before, after.text())]
 
@@ -277,7 +282,8 @@ class ByHand:
         before = self._records.get(key)
         if entry is None:
             return Change(key, before, None)
-        after = _Record(entry.name, entry.host, entry.port, over=self._lies_over(name), change=_number(before) + 1)
+        over, change = self._lies_over(name), _number(before) + 1
+        after = _Record(entry.name, entry.host, entry.port, entry.token, over=over, change=change)
         return Change(key, before, after.text())
 
     def _lies_over(self, name: Name) -> bool:
@@ -360,7 +366,7 @@ class ByHand:
             children = tuple(nodes.get(proxy_name, ()))
             head = heads.get(proxy_name)
             if head is not None:
-                proxies[proxy_name] = Proxy(proxy_name, head.host, head.port, head.address, children)
+                proxies[proxy_name] = Proxy(proxy_name, head.host, head.port, head.address, children, token=head.token)
             elif proxy_name == LOCAL_PROXY:
                 proxies[proxy_name] = Proxy(proxy_name, "", 0, children[0].address, children)
         return _Found(proxies, hidden)
@@ -406,6 +412,7 @@ class _Record(msgspec.Struct, omit_defaults=True):
     name: str = ""
     host: str = ""
     port: int | str = ""
+    token: str | None = None
     over: bool = False
     change: int = 0
 

@@ -274,8 +274,11 @@ async def _fetch(head: Proxy) -> bytes | None:
         ValueError: it answers with an error of its own, or more than it may.
     """
     target = PlainTransport(head.address)
+    shown = {} if head.token is None else {"Authorization": f"Bearer {head.token}"}
     try:
-        async with target.session.get(target.url("/api/nodes?detail=true"), allow_redirects=False) as response:
+        async with target.session.get(
+            target.url("/api/nodes?detail=true"), headers=shown, allow_redirects=False
+        ) as response:
             body = bytearray()
             async for piece in response.content.iter_any():
                 body += piece

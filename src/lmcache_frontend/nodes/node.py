@@ -22,6 +22,8 @@ MAX_NODES = 10_000
 _PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]*\Z"
 """No control characters, and none that turn the direction of the text around: names are shown in logs and pages."""
 
+_Token = Annotated[str, msgspec.Meta(min_length=1, max_length=512, pattern=r"^[!-~]+\Z")]
+
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255, pattern=_PRINTABLE)]
 
 
@@ -32,14 +34,18 @@ class NodeForm(msgspec.Struct):
     host: str
     port: int | str
     nodes: list[msgspec.Raw] | None = None
+    token: _Token | None = None
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How this frontend gets somewhere: where it connects, and what it puts before the path that it asks for."""
+    """How this frontend gets somewhere: where it connects, what it puts before the path that it asks for, and the token
+    that it shows there when it asks for itself.
+    """
 
     address: Address
     prefix: str = ""
+    token: str | None = field(default=None, repr=False)
 
     @property
     def proxy_path(self) -> str:
@@ -58,6 +64,7 @@ class Node:
         source: which source of the registry knows it.
         stale: its source no longer reports it.
         via: how it is reached when not at its address; the registry works it out.
+        token: shown to it where the caller may ask for what is asked; to nobody else, and in no answer and no log.
     """
 
     name: str
@@ -70,10 +77,11 @@ class Node:
     source: str = ""
     stale: bool = False
     via: Reach | None = None
+    token: str | None = field(default=None, repr=False)
 
     @property
     def reach(self) -> Reach:
-        return self.via or Reach(self.address)
+        return self.via or Reach(self.address, token=self.token)
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class Proxy:
 
     Attributes:
         found: it was found by its address alone and may be no frontend; then it is itself its one node.
-        source, stale: as a node's.
+        source, stale, token: as a node's.
     """
 
     name: str
@@ -93,6 +101,7 @@ class Proxy:
     found: bool = False
     source: str = ""
     stale: bool = False
+    token: str | None = field(default=None, repr=False)
 
 
 def named_path(name: str) -> str:
@@ -188,7 +197,7 @@ class _Reader:
                 self._refuse(where, f"two nodes of {form.name} are named {child.name!r}; give each a name of its own")
             else:
                 children[child.name] = child
-        return Proxy(form.name, form.host, form.port, itself.address, tuple(children.values()))
+        return Proxy(form.name, form.host, form.port, itself.address, tuple(children.values()), token=form.token)
 
     def _form(self, text: bytes, place: str) -> NodeForm | None:
         try:
@@ -200,7 +209,7 @@ class _Reader:
     def _node(self, form: NodeForm, place: str) -> Node | None:
         self.count += 1
         try:
-            return Node(form.name, form.host, form.port, address.from_node(form.host, form.port))
+            return Node(form.name, form.host, form.port, address.from_node(form.host, form.port), token=form.token)
         except AddressError as error:
             self._refuse(place, f"{form.name!r}: {error}")
             return None

@@ -52,6 +52,8 @@ class _View:
     """A name's reach; where nodes of several proxies have it, those proxies."""
     by_address: dict[Address, Reach]
     direct: frozenset[Address]
+    tokens: dict[Address, str]
+    """What is shown to whom this frontend connects to."""
 
 
 class Registry:
@@ -207,6 +209,10 @@ class Registry:
         """Whether this frontend connects to this address for a registered node or proxy."""
         return address in self._current.direct
 
+    def token_of(self, address: Address) -> str | None:
+        """What the entry of the proxy or node at this address gives it as its token."""
+        return self._current.tokens.get(address)
+
     def path_of(self, proxy: str, node: Node) -> str:
         """The path by which this frontend serves a node, whatever other names there are."""
         if proxy == LOCAL_PROXY and self._current.by_name.get(node.name) == node.reach:
@@ -267,11 +273,13 @@ class Registry:
         by_name = {name: _meant(known) for name, known in named.items()}
         for proxy in proxies:
             if proxy.name != LOCAL_PROXY:
-                by_name[proxy.name] = by_address[proxy.address] = Reach(proxy.address)
+                by_name[proxy.name] = by_address[proxy.address] = Reach(proxy.address, token=proxy.token)
         nodes = {(proxy.name, node.name): node for proxy in proxies for node in proxy.nodes}
         direct = {proxy.address for proxy in proxies if proxy.name != LOCAL_PROXY}
         direct |= {node.reach.address for node in nodes.values()}
-        return _View(proxies, nodes, by_name, by_address, frozenset(direct))
+        tokens = {node.address: node.token for node in nodes.values() if node.token is not None and node.via is None}
+        tokens.update({proxy.address: proxy.token for proxy in proxies if proxy.token is not None})
+        return _View(proxies, nodes, by_name, by_address, frozenset(direct), tokens)
 
     def _merged_heads(self) -> dict[str, Proxy]:
         heads = {LOCAL_PROXY: self._itself}
@@ -353,10 +361,10 @@ def _way(proxy: Proxy, node: Node) -> Reach | None:
     if proxy.name == LOCAL_PROXY:
         return None
     if node.path is not None:
-        return Reach(proxy.address, node.path)
+        return Reach(proxy.address, node.path, proxy.token)
     far = isinstance(proxy.address, UnixAddress) or not proxy.address.is_loopback
     if isinstance(node.address, UnixAddress) or (far and node.address.is_loopback):
-        return Reach(proxy.address, node.address.proxy_path())
+        return Reach(proxy.address, node.address.proxy_path(), proxy.token)
     return None
 
 

@@ -6,13 +6,16 @@ field may hold has been checked by the parser that read it.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from aiohttp import web
 
 from lmcache_frontend.proxy.exchange import Fields
 from lmcache_frontend.proxy.target import ProxiedPath
+from lmcache_shared.access.caller import FRONTEND_VIA, SPEAKING_FOR_OTHERS
 from lmcache_shared.address import Address, TcpAddress
 from lmcache_shared.errors import Refusal
 
@@ -60,6 +63,8 @@ _OF_AN_ANSWER = HOP_BY_HOP | {
 }
 """A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing."""
 
+_NAMING = frozenset(name.lower().encode() for name in SPEAKING_FOR_OTHERS)
+
 _FRAMING = frozenset({b"content-length", b"host"})
 """What `Connection` cannot make anybody drop: it would change where the body ends."""
 
@@ -70,13 +75,30 @@ _REWRITTEN = frozenset({b"location", b"set-cookie"})
 
 _COOKIE_PATH = re.compile(rb"(;[ \t]*path[ \t]*=[ \t]*)(/[^;]*)", re.IGNORECASE)
 
-VIA = "1.1 lmcache-frontend"
-_VIA = VIA.encode()
+
+_VIA = FRONTEND_VIA.encode()
 
 MAX_FRONTENDS = 12
 """A request that has passed more frontends goes in a circle."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """What a target is told of the caller for whom it is asked (`vouching.py`).
+
+    Attributes:
+        is_vouched_for: nothing names the caller; `Via` alone shows that somebody else asks.
+        authorization: what stands in place of the caller's own `Authorization`, which `hides_authorization` takes out
+            in any case: it was for this frontend.
+        cookie: the name of the cookie of who has signed in here.
+    """
+
+    is_vouched_for: bool = False
+    hides_authorization: bool = False
+    authorization: bytes | None = dataclasses.field(default=None, repr=False)
+    cookie: bytes = b""
 
 
 def refuse_loops(request: web.Request) -> None:
@@ -87,17 +109,18 @@ def refuse_loops(request: web.Request) -> None:
     """
     if "Via" not in request.headers:
         return
-    passed = sum(via.count(VIA) for via in request.headers.getall("Via"))
+    passed = sum(via.count(FRONTEND_VIA) for via in request.headers.getall("Via"))
     if passed >= MAX_FRONTENDS:
         raise Refusal(508, f"the request has passed {passed} frontends: their proxies lead in a circle; take one out")
 
 
-def request_fields(request: web.Request, prefix: str) -> list[tuple[bytes, bytes]]:
+def request_fields(request: web.Request, prefix: str, caller: Introduction) -> list[tuple[bytes, bytes]]:
     """What the target gets of a request's fields; `Via`, and whom and what the caller asked for, are continued.
 
     Args:
         request: the caller's.
         prefix: what its path has before the target's own.
+        caller: what the target is told of the caller, and in whose name it is asked.
     """
     fields, own = _end_to_end(request.raw_headers, _OF_A_REQUEST, _CONTINUED)
     path = prefix.encode("utf-8", "surrogateescape")
@@ -110,14 +133,30 @@ def request_fields(request: web.Request, prefix: str) -> list[tuple[bytes, bytes
         host = _first(own, b"x-forwarded-host") or _first(own, b"host")
         proto = _first(own, b"x-forwarded-proto") or b"http"
         path = _first(own, b"x-forwarded-prefix").rstrip(b"/") + path
-    fields.append((b"Via", via))
-    if peer:
+    if caller.is_vouched_for:
+        fields = [field for field in fields if field[0].lower() not in _NAMING]
+        via = b", ".join([_VIA] * via.count(_VIA))
+    elif peer:
         fields.append((b"X-Forwarded-For", peer))
     if host:
         fields.append((b"X-Forwarded-Host", host))
-    fields.append((b"X-Forwarded-Proto", proto))
-    fields.append((b"X-Forwarded-Prefix", path))
+    fields += ((b"Via", via), (b"X-Forwarded-Proto", proto), (b"X-Forwarded-Prefix", path))
+    if caller.authorization is not None or caller.hides_authorization:
+        fields = [field for field in fields if field[0].lower() != b"authorization"]
+        if caller.authorization is not None:
+            fields.append((b"Authorization", caller.authorization))
+    if caller.cookie and any(field[0].lower() == b"cookie" for field in fields):
+        fields = list(_without_cookie(fields, caller.cookie))
     return fields
+
+
+def _without_cookie(fields: Fields, cookie: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The fields, and of a cookie nothing (RFC 6265, section 4.2.1); a `Cookie` that held no other goes."""
+    for name, value in fields:
+        if name.lower() != b"cookie" or cookie not in value:
+            yield name, value
+        elif kept := [it for pair in value.split(b";") if (it := pair.strip()).partition(b"=")[0].strip() != cookie]:
+            yield name, b"; ".join(kept)
 
 
 def answer_fields(raw: Fields, wanted: ProxiedPath) -> list[tuple[bytes, bytes]]:

@@ -7,14 +7,11 @@ from __future__ import annotations
 import os
 
 from aiohttp import web
-from yarl import URL
 
 from lmcache_frontend.nodes.registry import Registry
-from lmcache_shared.address import Address, UnixAddress, is_loopback_host, unix_address
+from lmcache_shared.access.caller import is_local_caller
+from lmcache_shared.address import Address, UnixAddress, unix_address
 from lmcache_shared.errors import AddressError, Refusal
-
-_FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP", "Via")
-"""Fields of a request that came through another proxy, another frontend among them."""
 
 
 class Policy:
@@ -58,20 +55,3 @@ class Policy:
             f"Socket {address.path} is not a registered node and not under the socket prefix"
             f" {self._prefix or '(none)'}; add it with --nodes or --config, or choose another --socket-prefix",
         )
-
-
-def is_local_caller(request: web.Request) -> bool:
-    """Whether the caller is on this machine: it connects over loopback, and no other proxy speaks for it.
-
-    A page in a local browser that came by a name that was made to point here (DNS rebinding) connects over loopback
-    too; it does not count, and `Host` shows it. What a page of another site asks is refused before
-    (`lmcache_shared.access`).
-    """
-    peer = request.transport.get_extra_info("peername") if request.transport else None
-    if not isinstance(peer, tuple) or any(name in request.headers for name in _FORWARDED):
-        return False
-    try:
-        asked_host = URL(f"http://{request.host}").host or ""
-    except ValueError:
-        return False
-    return is_loopback_host(str(peer[0])) and is_loopback_host(asked_host)

@@ -12,7 +12,7 @@ from aiohttp import web
 from lmcache_frontend.proxy import limits
 from lmcache_frontend.proxy.answering import Traffic, Written, send_back
 from lmcache_frontend.proxy.exchange import Outgoing, Transport
-from lmcache_frontend.proxy.headers import answer_fields, request_fields
+from lmcache_frontend.proxy.headers import Introduction, answer_fields, request_fields
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.target import ProxiedPath
 from lmcache_frontend.proxy.tunnel import FIELDS, asks_for_upgrade, pass_on
@@ -66,8 +66,12 @@ class Targets:
             await target.close()
 
 
-async def forward(request: web.Request, target: Transport, wanted: ProxiedPath, traffic: Traffic) -> web.StreamResponse:
+async def forward(
+    request: web.Request, target: Transport, wanted: ProxiedPath, caller: Introduction, traffic: Traffic
+) -> web.StreamResponse:
     """Send the request on to the path that is `wanted` of `target`, and its answer back; `traffic` is counted.
+
+    `caller` is how the target is told who asks.
 
     No body is held whole. An answer that breaks off breaks the caller's connection off too, so that half an answer
     never looks whole.
@@ -77,7 +81,7 @@ async def forward(request: web.Request, target: Transport, wanted: ProxiedPath, 
             slow.
     """
     body = CallersBody(request, traffic) if request.body_exists else None
-    outgoing = Outgoing(request.method, wanted.path, request_fields(request, wanted.prefix), body)
+    outgoing = Outgoing(request.method, wanted.path, request_fields(request, wanted.prefix, caller), body)
     if "Upgrade" in request.headers and asks_for_upgrade(request):
         outgoing.upgrade = True
         outgoing.fields.extend(FIELDS)

@@ -66,14 +66,15 @@ class Answer:
     is_sized: bool = True
 
 
-def request_bytes(address: Address, path: str, *, accept: str = ACCEPT) -> bytes:
-    """The whole request for `path`, which is quoted as it is to be sent."""
+def request_bytes(address: Address, path: str, *, accept: str = ACCEPT, token: str | None = None) -> bytes:
+    """The whole request for `path`, which is quoted as it is to be sent; `token` is shown."""
+    shown = "" if token is None else f"Authorization: Bearer {token}\r\n"
     host = "localhost"
     if isinstance(address, TcpAddress):  # an IPv6 scope is for this machine alone (RFC 6874)
         host = str(TcpAddress(address.host.partition("%")[0], address.port))
     return (
         f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: lmcache-frontend/{VERSION}\r\n"
-        f"Accept: {accept}\r\nAccept-Encoding: identity\r\nConnection: close\r\n\r\n"
+        f"Accept: {accept}\r\nAccept-Encoding: identity\r\n{shown}Connection: close\r\n\r\n"
     ).encode("ascii")
 
 

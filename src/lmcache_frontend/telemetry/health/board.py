@@ -287,8 +287,10 @@ class _Watched:
         self.health = health
         self.phase = phase
         self.reach = health.node.reach
-        self.request = request_bytes(self.reach.address, f"{self.reach.prefix}/version")
-        self.role_request = request_bytes(self.reach.address, f"{self.reach.prefix}/meta?names=role")
+        self.request = request_bytes(self.reach.address, f"{self.reach.prefix}/version", token=self.reach.token)
+        self.role_request = request_bytes(
+            self.reach.address, f"{self.reach.prefix}/meta?names=role", token=self.reach.token
+        )
         self.role_due = 0.0
         self.due = 0.0
         self.checks = 0

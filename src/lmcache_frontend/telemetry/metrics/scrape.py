@@ -398,7 +398,7 @@ class _Run:
         ScrapeError, NoAnswer, NotAsked: there is nothing to be had.
         """
         reach = node.reach
-        request = request_bytes(reach.address, f"{reach.prefix}/metrics", accept=_ACCEPT)
+        request = request_bytes(reach.address, f"{reach.prefix}/metrics", accept=_ACCEPT, token=reach.token)
         taken = 0
 
         def take(size: int) -> None:

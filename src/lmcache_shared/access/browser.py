@@ -1,7 +1,8 @@
 """Who is calling: requests that a page of another site makes in an operator's browser are refused.
 
 Browsers tell where a request comes from (`Sec-Fetch-Site`, Fetch Metadata; older ones `Origin`). Programs such as curl
-and Prometheus send neither and are not touched. Following a link from elsewhere to a page is allowed.
+and Prometheus send neither and are not touched. Following a link from elsewhere to a page is allowed, as
+long as that only shows something (`gate.py`).
 """
 
 from __future__ import annotations
@@ -32,3 +33,8 @@ def is_from_another_site(request: web.Request) -> bool:
         return not (request.method == "GET" and headers.getall("Sec-Fetch-Mode", []) == ["navigate"])
     origins = headers.getall("Origin", [])
     return not sites and any(origin.partition("://")[2].lower() != request.host.lower() for origin in origins)
+
+
+def followed_here(request: web.Request) -> bool:
+    """Whether no link on another site led here."""
+    return _OWN.issuperset(request.headers.getall("Sec-Fetch-Site", []))

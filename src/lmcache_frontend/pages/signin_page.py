@@ -1,0 +1,92 @@
+"""`/sign-in` and `/sign-out`: a token, kept by a browser in a cookie. Works without JavaScript.
+
+The cookie is for this origin's own pages alone (`HttpOnly`, `SameSite=Strict`) and goes on to no node. It holds the
+token, so that it ends with the token, and every replica and worker knows it.
+"""
+
+from urllib.parse import parse_qs, quote
+
+from aiohttp import web
+
+from lmcache_frontend.pages import rendering
+from lmcache_shared.access.browser import followed_here
+from lmcache_shared.access.gate import GATE, caller_of
+from lmcache_shared.access.roles import Role, needs
+from lmcache_shared.errors import Refusal
+from lmcache_shared.schema import read_body
+
+MAX_BODY_BYTES = 4096
+COOKIE_SECONDS = 12 * 3600
+
+_HEADERS = {
+    **rendering.SECURITY_HEADERS,
+    "Content-Security-Policy": rendering.SECURITY_HEADERS["Content-Security-Policy"].replace(
+        "form-action 'none'", "form-action 'self'"
+    ),
+    "Referrer-Policy": "same-origin",  # without a referrer a form is sent as from nowhere (`Origin: null`), and refused
+}
+
+router = web.RouteTableDef()
+
+
+def setup(app: web.Application) -> None:
+    rendering.setup(app)
+
+
+@router.get("/sign-in")
+@needs(Role.NOBODY)
+async def form(request: web.Request) -> web.Response:
+    """The page; with `?token=`, as a starting frontend prints it, the browser is signed in at once."""
+    token = request.query.get("token")
+    if token and followed_here(request):
+        return await _signed_in(request, token)
+    return _page(request, "")
+
+
+@router.post("/sign-in")
+@needs(Role.NOBODY)
+async def sign_in(request: web.Request) -> web.Response:
+    """Take the form's `token`."""
+    fields = parse_qs((await read_body(request, MAX_BODY_BYTES)).decode("ascii", "replace"), max_num_fields=8)
+    return await _signed_in(request, fields.get("token", [""])[-1].strip())
+
+
+@router.post("/sign-out")
+@needs(Role.NOBODY)
+async def sign_out(request: web.Request) -> web.Response:
+    """Take the cookie back."""
+    response = _to("/sign-in")
+    response.del_cookie(_cookie(request), path="/", httponly=True, samesite="Strict")
+    return response
+
+
+async def _signed_in(request: web.Request, token: str) -> web.Response:
+    try:
+        await request.app[GATE].holder(request, token)
+    except Refusal as refusal:
+        return _page(request, str(refusal.detail), refusal.status)
+    response = _to("/")
+    is_https = "https" in (request.scheme, request.headers.get("X-Forwarded-Proto", ""))
+    response.set_cookie(
+        _cookie(request),
+        quote(token, safe=""),
+        path="/",
+        max_age=COOKIE_SECONDS,
+        httponly=True,
+        samesite="Strict",
+        secure=is_https,
+    )
+    return response
+
+
+def _cookie(request: web.Request) -> str:
+    return request.app[GATE].cookie or ""
+
+
+def _to(path: str) -> web.Response:
+    return web.Response(status=303, headers={**_HEADERS, "Location": path})
+
+
+def _page(request: web.Request, problem: str, status: int = 200) -> web.Response:
+    text = rendering.html(request, "sign_in.html", {"caller": caller_of(request), "problem": problem})
+    return web.Response(text=text, status=status, content_type="text/html", headers=_HEADERS)

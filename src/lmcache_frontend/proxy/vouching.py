@@ -1,0 +1,51 @@
+"""What a frontend says to a target of the caller for whom it asks.
+
+Every target gets `X-Forwarded-For`, and judges by that. A caller on this machine is one for a target on this machine
+too (`access/caller.py`). For a caller elsewhere the target would not do what only operators and admins may; where the
+frontend has found that this one may, and has no token of the target's entry to show, it *vouches*: nothing but `Via`
+shows that somebody else asks, and a target on this machine takes the request as one from there. It vouches for what an
+operator asks and the table knows, and for what an admin asks, whatever it is: of a path that the table does not know,
+the target may need more. The token of the target's entry is shown alike, and for what viewers may ask and the table
+knows.
+"""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from lmcache_frontend.proxy.headers import Introduction
+from lmcache_shared.access.caller import is_local_caller
+from lmcache_shared.access.gate import GATE, caller_of
+from lmcache_shared.access.roles import Role
+from lmcache_shared.access.table import Proxied, of_proxied
+
+
+def admitted(request: web.Request, path: str) -> Proxied:
+    """What a request needs that is to pass to `path` at a target, if its caller has it.
+
+    Raises:
+        Refusal: 401 or 403.
+    """
+    asked = of_proxied(request.method, path)
+    request.app[GATE].require(request, max(asked.role, Role.VIEWER))
+    return asked
+
+
+def introduction(request: web.Request, asked: Proxied, token: str | None) -> Introduction:
+    """How a caller that has what is `asked` for is introduced to a target whose entry has this token."""
+    caller = caller_of(request)
+    is_settled = caller.role == Role.ADMIN or asked.known
+    shown = token if is_settled else None
+    needs_trust = asked.role >= Role.OPERATOR or not asked.known
+    return Introduction(
+        is_vouched_for=(
+            is_settled
+            and needs_trust
+            and shown is None
+            and caller.role >= Role.OPERATOR
+            and not is_local_caller(request, through_frontends=True)
+        ),
+        hides_authorization=caller.by_token,
+        authorization=None if shown is None else f"Bearer {shown}".encode(),
+        cookie=(request.app[GATE].cookie or "").encode(),
+    )
