@@ -164,7 +164,9 @@ async def test_a_chunked_body_stays_chunked_and_its_trailers_are_dropped(
 
 async def test_expect_is_answered_here_before_the_body_comes(between: Between, bodies: list[bytes]) -> None:
     reader, writer = await between.connect()
-    writer.write(b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n")
+    writer.write(
+        b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n"
+    )
     assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
     writer.write(b"body")
     assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).startswith(b"HTTP/1.1 200 ")
@@ -192,7 +194,8 @@ async def test_hop_by_hop_fields_stop_here(between: Between) -> None:
     )
     reader, writer = await between.connect()
     writer.write(
-        b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nConnection: X-Mine, , Host\r\nX-Mine: 1\r\nTE: trailers\r\n"
+        b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nConnection: X-Mine, , Host\r\nX-Mine: 1\r\n"
+        b"TE: trailers\r\n"
         b"Keep-Alive: 1\r\nProxy-Connection: x\r\nProxy-Authorization: x\r\nX-Kept: 1\r\n\r\n"
     )
     head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
@@ -636,7 +639,8 @@ async def test_a_target_that_keeps_failing_is_skipped_for_a_moment(
 # -- upgrades
 
 UPGRADE = (
-    b"GET /proxy2/upstream/ws?a=b HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n"
+    b"GET /proxy2/upstream/ws?a=b HTTP/1.1\r\nHost: localhost\r\n"
+    b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Protocol: p\r\n\r\n"
 )
 SWITCHING = (
