@@ -427,11 +427,14 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._rest:
             self._take_rest(data)
+            self._wake()
         elif self._is_tunnel:
             self.on_body(data)
+            self._wake()
         elif self._ended or not self._in_use or self._parser is None:
             self._keep = False  # nobody asked
             self.abort()
+            self._wake()
         elif self._said.begins(data) and not self._received and self._method == "GET":
             self._take_known(self._said, data)
         else:

@@ -6,7 +6,7 @@ What a caller needs is told by what it asks the target for (`vouching.py`), not 
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aiohttp import web
 
@@ -87,7 +87,7 @@ def may_pass_again(app: web.Application, passed: Passed) -> bool:
     return passed.until > time.monotonic() and passed.revision == app[REGISTRY].revision
 
 
-PASSED = "passed"
-"""Under this key a request carries what it was let pass as."""
+PASSED: Any = web.RequestKey("passed", Passed) if hasattr(web, "RequestKey") else "lmcache_passed"
+"""Under this key a request carries what it was let pass as; aiohttp before 3.14 knows texts alone."""
 
 JUDGED_SECONDS = 1.0
