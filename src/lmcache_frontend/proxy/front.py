@@ -160,7 +160,7 @@ class _Request(dict[Any, Any]):
 
     @property
     def query(self) -> Mapping[str, str]:
-        return self.head.url.query
+        return self.head.query
 
 
 class _Connection(asyncio.Protocol):
