@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 
 from aiohttp import web
 
+from lmcache_shared.access.asking import HandlerOf, R
 from lmcache_shared.responses import json_response
 
 logger = logging.getLogger(__name__)
 
 START_FAILED = 2
 """Exit code of both programs when they refuse to start."""
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class OpsError(Exception):
@@ -72,7 +71,7 @@ class Failure(Refusal):
 
 
 @web.middleware
-async def refusals(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def refusals(request: R, handler: HandlerOf[R]) -> web.StreamResponse:
     """Give every failure the one JSON shape; a bug is logged in full and answered without a traceback."""
     try:
         response = await handler(request)

@@ -12,16 +12,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import cast
+from typing import NamedTuple
 
-from aiohttp import HttpVersion11, web
-from aiohttp.http import StreamWriter
+from aiohttp import HttpVersion, HttpVersion11, web
+from aiohttp.http import SERVER_SOFTWARE
 
 from lmcache_frontend.proxy import limits
-from lmcache_frontend.proxy.exchange import Answer
+from lmcache_frontend.proxy.exchange import Answer, Fields, Proxying
 
 _SANDBOX = b"Content-Security-Policy: sandbox\r\nX-Content-Type-Options: nosniff\r\n"
 """A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing."""
+
+KNOWN_SECONDS = 1.0
+"""For so long an answer begins with the same `Date`, where the target tells none."""
 
 _JOINED_BYTES = 64 << 10
 """Pieces of a body up to this go out in one write with their framing; a longer one is not copied for it."""
@@ -46,23 +49,57 @@ class Written(web.StreamResponse):
         self._eof_sent = True
 
 
-async def send_back(
-    request: web.Request, answer: Answer, fields: list[tuple[bytes, bytes]], traffic: Traffic
-) -> Written:
-    """Send an answer with these fields to the caller, piece by piece.
+class Opening(NamedTuple):
+    """How an answer begins, and how its body is framed."""
 
-    Raises:
-        BrokenOff: the answer ends before its end; the caller's connection is to be broken off as well.
-        ConnectionError: the caller is gone.
+    head: bytes
+    is_chunked: bool
+    keep_alive: bool
+
+
+class Known:
+    """How the last answer to a path began. The next one does alike when its fields are the very same object.
+
+    So a transport tells that a target says the same again, byte for byte (`native.Said`).
     """
+
+    def __init__(self) -> None:
+        self._fields: Fields | None = None
+        self._opening: Opening | None = None
+        self._is_for: tuple[HttpVersion, bool] | None = None
+        self._until = 0.0
+
+    def opening(self, request: Proxying, answer: Answer) -> Opening | None:
+        if (
+            not answer.fields
+            or answer.fields is not self._fields
+            or self._is_for != (request.version, request.keep_alive)
+        ):
+            return None
+        return self._opening if time.monotonic() < self._until else None
+
+    def remember(self, request: Proxying, answer: Answer, opening: Opening) -> None:
+        self._fields, self._opening = answer.fields, opening
+        self._is_for = (request.version, request.keep_alive)
+        self._until = time.monotonic() + KNOWN_SECONDS
+
+
+def opening_of(request: Proxying, answer: Answer, fields: list[tuple[bytes, bytes]]) -> Opening:
+    """How an answer with these fields begins."""
+    names = {name.lower(): value for name, value in fields}
     has_body = request.method != "HEAD" and answer.status not in (204, 304)
-    names = {name.lower() for name, _ in fields}
-    is_sized = b"content-length" in names
+    length = names.get(b"content-length")
     is_11 = request.version >= HttpVersion11
-    is_chunked = has_body and not is_sized and is_11
-    keep_alive = request.keep_alive and (is_11 or is_sized or not has_body)  # HTTP/1.0 knows no other end of a body
-    piece, is_end = answer.take()
-    head = _head(answer, fields, names, has_body and not (is_end and not piece and is_sized))
+    is_chunked = has_body and length is None and is_11
+    keep_alive = request.keep_alive and (
+        is_11 or length is not None or not has_body
+    )  # HTTP/1.0: no other end of a body
+    head = [b"HTTP/1.1 %d %b\r\n" % (answer.status, answer.reason), *[b"%b: %b\r\n" % field for field in fields]]
+    if b"date" not in names:
+        head.append(f"Date: {formatdate(time.time(), usegmt=True)}\r\n".encode())  # RFC 9110, section 6.6.1
+    if has_body and length != b"0" and b"content-type" not in names:
+        head.append(b"Content-Type: application/octet-stream\r\n")
+    head.append(_SANDBOX)
     if is_chunked:
         head.append(b"Transfer-Encoding: chunked\r\n")
     if not keep_alive:
@@ -70,28 +107,57 @@ async def send_back(
     elif not is_11:
         head.append(b"Connection: keep-alive\r\n")
     head.append(b"\r\n")
+    return Opening(b"".join(head), is_chunked, keep_alive)
+
+
+async def send_back(request: Proxying, answer: Answer, opening: Opening, traffic: Traffic) -> Written:
+    """Send an answer that begins so to the caller, piece by piece.
+
+    Raises:
+        BrokenOff: the answer ends before its end; the caller's connection is to be broken off as well.
+        ConnectionError: the caller is gone.
+    """
+    start, is_chunked, keep_alive = opening
+    transport, protocol = request.transport, request.protocol
+    if transport is None:
+        raise ConnectionResetError("the caller is gone")
+    piece, is_end = answer.take()
     if is_end:
         answer.release()  # for the next request, before this one's caller has read anything
-    writer, protocol = cast(StreamWriter, request.writer), request.protocol
-    start = b"".join(head)
     while True:
         traffic.received += len(piece)
         before, after = _framing(len(piece), is_end) if is_chunked else (b"", b"")
         if len(piece) <= _JOINED_BYTES:
             if data := b"%b%b%b%b" % (start, before, piece, after):
-                await writer.write(data, drain=False)
+                transport.write(data)
         else:
-            await writer.write(start + before, drain=False)
-            await writer.write(piece, drain=False)
-            await writer.write(after, drain=False)
+            transport.write(start + before)
+            transport.write(piece)
+            transport.write(after)
         if protocol.writing_paused:
             with cut_off_late_reader(request):
-                await writer.drain()
+                await request.writer.drain()
         if is_end:
             return Written(answer.status, keep_alive=keep_alive, length=traffic.received)
         start = b""
         await answer.wait()
         piece, is_end = answer.take()
+
+
+def in_one_piece(request: Proxying, response: web.Response) -> bytes:
+    """An answer of the frontend's own, as aiohttp's server writes it."""
+    body = response.body if isinstance(response.body, bytes) else b""
+    headers = response.headers
+    headers.setdefault("Content-Length", str(len(body)))
+    headers.setdefault("Date", formatdate(time.time(), usegmt=True))
+    headers.setdefault("Server", SERVER_SOFTWARE)
+    if request.keep_alive != (request.version >= HttpVersion11):
+        headers["Connection"] = "keep-alive" if request.keep_alive else "close"
+    version = request.version
+    lines = [f"HTTP/{version.major}.{version.minor} {response.status} {response.reason}\r\n"]
+    lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+    head = ("".join(lines) + "\r\n").encode("utf-8")
+    return head if request.method == "HEAD" else head + body
 
 
 def _framing(size: int, is_end: bool) -> tuple[bytes, bytes]:
@@ -100,18 +166,8 @@ def _framing(size: int, is_end: bool) -> tuple[bytes, bytes]:
     return (b"%x\r\n" % size, b"\r\n" + last) if size else (b"", last)
 
 
-def _head(answer: Answer, fields: list[tuple[bytes, bytes]], names: set[bytes], has_body: bool) -> list[bytes]:
-    head = [b"HTTP/1.1 %d %b\r\n" % (answer.status, answer.reason), *[b"%b: %b\r\n" % field for field in fields]]
-    if b"date" not in names:
-        head.append(f"Date: {formatdate(time.time(), usegmt=True)}\r\n".encode())  # RFC 9110, section 6.6.1
-    if has_body and b"content-type" not in names:
-        head.append(b"Content-Type: application/octet-stream\r\n")
-    head.append(_SANDBOX)
-    return head
-
-
 @contextlib.contextmanager
-def cut_off_late_reader(request: web.Request) -> Iterator[None]:
+def cut_off_late_reader(request: Proxying) -> Iterator[None]:
     """A caller that takes no piece within `IDLE_SECONDS` is cut off: it must not hold a connection to the target.
 
     A timer, not `wait_for`: that makes a task for every piece up to Python 3.11.

@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import cast
 
 from aiohttp import web
 
 from lmcache_frontend.proxy import limits
-from lmcache_frontend.proxy.answering import Traffic, Written, send_back
-from lmcache_frontend.proxy.exchange import Outgoing, Transport
+from lmcache_frontend.proxy.answering import Known, Traffic, Written, opening_of, send_back
+from lmcache_frontend.proxy.exchange import Outgoing, Proxying, Transport
 from lmcache_frontend.proxy.headers import Introduction, answer_fields, request_fields
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.target import ProxiedPath
@@ -66,12 +67,27 @@ class Targets:
             await target.close()
 
 
-async def forward(
-    request: web.Request, target: Transport, wanted: ProxiedPath, caller: Introduction, traffic: Traffic
-) -> web.StreamResponse:
-    """Send the request on to the path that is `wanted` of `target`, and its answer back; `traffic` is counted.
+def as_outgoing(request: Proxying, wanted: ProxiedPath, caller: Introduction, traffic: Traffic) -> Outgoing:
+    """The request as the target that is `wanted` is to get it; `caller` is how that is told who asks."""
+    body = CallersBody(cast(web.Request, request), traffic) if request.body_exists else None
+    outgoing = Outgoing(request.method, wanted.path, request_fields(request, wanted.prefix, caller), body)
+    if "Upgrade" in request.headers and asks_for_upgrade(cast(web.Request, request)):
+        outgoing.upgrade = True
+        outgoing.fields.extend(FIELDS)
+    return outgoing
 
-    `caller` is how the target is told who asks.
+
+async def forward(
+    request: Proxying,
+    target: Transport,
+    wanted: ProxiedPath,
+    outgoing: Outgoing,
+    traffic: Traffic,
+    known: Known,
+) -> web.StreamResponse:
+    """Send the request on to `target` as `outgoing`, and its answer back; `traffic` is counted.
+
+    What is `known` of the answers to its path is used and renewed.
 
     No body is held whole. An answer that breaks off breaks the caller's connection off too, so that half an answer
     never looks whole.
@@ -80,17 +96,16 @@ async def forward(
         Refusal: 502 when the target cannot be reached or speaks no HTTP, 503 when too many ask, 504 when it is too
             slow.
     """
-    body = CallersBody(request, traffic) if request.body_exists else None
-    outgoing = Outgoing(request.method, wanted.path, request_fields(request, wanted.prefix, caller), body)
-    if "Upgrade" in request.headers and asks_for_upgrade(request):
-        outgoing.upgrade = True
-        outgoing.fields.extend(FIELDS)
     answer = await target.request(outgoing)
     try:
-        fields = answer_fields(answer.fields, wanted)
-        if answer.status == 101:
-            return await pass_on(request, answer, fields, traffic)
-        return await send_back(request, answer, fields, traffic)
+        opening = known.opening(request, answer)
+        if opening is None:
+            fields = answer_fields(answer.fields, wanted)
+            if answer.status == 101:
+                return await pass_on(cast(web.Request, request), answer, fields, traffic)
+            opening = opening_of(request, answer, fields)
+            known.remember(request, answer, opening)
+        return await send_back(request, answer, opening, traffic)
     except (ConnectionError, Refusal) as error:  # also of the request's body: the answer has begun
         traffic.broke_off = True
         logger.info("%s %s broke off: %s", request.method, request.path, error or type(error).__name__)
