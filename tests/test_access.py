@@ -144,7 +144,9 @@ class TestOfAFrontend:
 
     async def test_a_wrong_token_is_refused_and_counted(self, frontend: RunningFrontend) -> None:
         wrong = {"X-Forwarded-For": "10.0.0.8", "Authorization": "Bearer no-such-token"}
-        for _ in range(MAX_FAILURES):
+        for number in range(2 * MAX_FAILURES):  # one that is shown again and again guesses nothing
+            if number > MAX_FAILURES:
+                wrong["Authorization"] += "x"
             found, said = await status(frontend.client, "GET", "/api/nodes", wrong)
             assert found == 401
             assert b"no-such-token" not in said
@@ -258,10 +260,11 @@ class TestTokens:
 def test_attempts_are_bounded() -> None:
     attempts = Attempts()
     for number in range(MAX_ADDRESSES + 10):
-        attempts.failed(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+        attempts.failed(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", "x")
     assert len(attempts._failures) == MAX_ADDRESSES
     for number in range(MAX_FAILURES):
-        attempts.failed(f"2001:db8::{number}")
+        assert attempts.failed(f"2001:db8::{number}", f"{number}")
+        assert not attempts.failed(f"2001:db8::{number}", f"{number}")
     assert attempts.wait_seconds("2001:db8::ffff") > 0
     assert attempts.wait_seconds("2001:db8:0:1::1") == 0
 
@@ -431,8 +434,8 @@ class TestSignIn:
 
     async def test_a_wrong_token(self, frontend_server: StartFrontend, token_file: str) -> None:
         frontend = await frontend_server(token_file=token_file)
-        for _ in range(MAX_FAILURES):
-            found, headers = await self.sign_in(frontend, "<b>no-such-token</b>")
+        for number in range(MAX_FAILURES):
+            found, headers = await self.sign_in(frontend, f"<b>no-such-token</b>{number}")
             assert (found, "Set-Cookie" in headers) == (401, False)
         assert (await self.sign_in(frontend, SECRETS["admin"]))[0] == 429
 

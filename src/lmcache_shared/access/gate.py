@@ -92,7 +92,7 @@ class Gate:
             return None
         found = await self._tokens.find(unquote(value))
         if found is None:
-            self._cookie_attempts.failed(address)
+            self._cookie_attempts.failed(address, value)
         return found
 
     async def holder(self, request: web.Request, token: str) -> Caller:
@@ -106,8 +106,8 @@ class Gate:
             raise Refusal(429, f"too many wrong tokens from {address}; wait", {"Retry-After": str(seconds)})
         found = await self._tokens.find(token)
         if found is None:
-            self._attempts.failed(address)
-            logger.warning("a wrong token from %s", address)
+            if self._attempts.failed(address, token):
+                logger.warning("a wrong token from %s", address)
             raise Refusal(401, "the token of this request is none that this server knows", _CHALLENGE)
         return found
 
