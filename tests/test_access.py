@@ -335,6 +335,19 @@ async def test_what_reveals_is_kept_by_nobody(api_server: StartApi, frontend_ser
                 assert response.headers.get("Cache-Control") == kept
 
 
+async def test_of_others_nodes_too(frontend_server: StartFrontend) -> None:
+    async def node(request: web.Request) -> web.Response:
+        return web.Response(headers={"Cache-Control": "max-age=9"} if "own" in request.query else {})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", node)
+    async with TestServer(app) as server:
+        frontend = await frontend_server(nodes=[{"name": "w", "host": "127.0.0.1", "port": server.port}])
+        for path, kept in (("/env", "no-store"), ("/env?own", "max-age=9"), ("/version", None)):
+            async with frontend.client.get("/proxy2/w" + path) as response:
+                assert response.headers.get("Cache-Control") == kept
+
+
 class TestTheAuditLog:
     async def test_it_has_every_change_that_passes(
         self, api_server: StartApi, frontend_server: StartFrontend, token_file: str, tmp_path: Path
@@ -494,6 +507,10 @@ async def test_viewers_may_need_a_token(
         }
         told = 401 if caller in ("local", "anonymous") else 200
         assert list(found.values()) == [told] * 4 + [200] * 3, (caller, found)
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8", "User-Agent": "Mozilla/5.0"}
+    for path in ("/", "/proxy2/w/version"):
+        async with closed.client.get(path, headers=browser, allow_redirects=False) as response:
+            assert (response.status, response.headers["Location"]) == (303, "/sign-in")
     rack = {"name": "rack", "host": "127.0.0.1", "port": closed.server.address.port, "nodes": []}
     for token, known in (({}, False), ({"token": SECRETS["viewer"]}, True)):
         frontend = await frontend_server(nodes=[{**rack, **token}], health_interval=1.0)

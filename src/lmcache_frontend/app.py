@@ -85,7 +85,7 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
 def _gate(options: Options) -> Gate:
     return Gate(
         Tokens(options.token, options.token_file, place=options.place_of("token")),
-        Names("--token (LMCACHE_FRONTEND_TOKEN)", "--token-file", "--no-auth", ", or sign in at /sign-in"),
+        Names("--token (LMCACHE_FRONTEND_TOKEN)", "--token-file", "--no-auth", "/sign-in"),
         trust_local=not options.no_trust_local,
         open_to_viewers=options.viewers == "open",
         no_auth=options.no_auth,

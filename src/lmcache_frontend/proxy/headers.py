@@ -101,12 +101,14 @@ class Introduction:
         authorization: what stands in place of the caller's own `Authorization`, which `hides_authorization` takes out
             in any case: it was for this frontend.
         cookie: the name of the cookie of who has signed in here.
+        reveals: what is asked for may reveal something; nobody keeps a copy of the answer.
     """
 
     is_vouched_for: bool = False
     hides_authorization: bool = False
     authorization: bytes | None = dataclasses.field(default=None, repr=False)
     cookie: bytes = b""
+    reveals: bool = False
 
 
 def refuse_loops(request: web.Request) -> None:
@@ -182,6 +184,12 @@ def answer_fields(raw: Fields, wanted: ProxiedPath) -> list[tuple[bytes, bytes]]
             else:
                 fields.append((name, _location(value, wanted.address, prefix, skipped)))
     return fields
+
+
+def kept_by_nobody(fields: list[tuple[bytes, bytes]]) -> None:
+    """Have an answer that may reveal something kept by no cache, unless its node says how."""
+    if not any(name.lower() == b"cache-control" for name, _ in fields):
+        fields.append((b"Cache-Control", b"no-store"))
 
 
 def is_own_cookie(value: bytes) -> bool:

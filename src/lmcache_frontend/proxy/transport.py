@@ -12,7 +12,7 @@ from aiohttp import web
 from lmcache_frontend.proxy import limits
 from lmcache_frontend.proxy.answering import Traffic, Written, send_back
 from lmcache_frontend.proxy.exchange import Outgoing, Transport
-from lmcache_frontend.proxy.headers import Introduction, answer_fields, request_fields
+from lmcache_frontend.proxy.headers import Introduction, answer_fields, kept_by_nobody, request_fields
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.target import ProxiedPath
 from lmcache_frontend.proxy.tunnel import FIELDS, asks_for_upgrade, pass_on
@@ -88,6 +88,8 @@ async def forward(
     answer = await target.request(outgoing)
     try:
         fields = answer_fields(answer.fields, wanted)
+        if caller.reveals:
+            kept_by_nobody(fields)
         if answer.status == 101:
             return await pass_on(request, answer, fields, traffic)
         return await send_back(request, answer, fields, traffic)

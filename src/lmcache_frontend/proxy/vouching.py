@@ -48,4 +48,5 @@ def introduction(request: web.Request, asked: Proxied, token: str | None) -> Int
         hides_authorization=caller.by_token,
         authorization=None if shown is None else f"Bearer {shown}".encode(),
         cookie=(request.app[GATE].cookie or "").encode(),
+        reveals=asked.role >= Role.OPERATOR,
     )
