@@ -53,6 +53,10 @@ class Policy:
         self._decided[address] = found
         return found
 
+    def names(self, address: TcpAddress) -> bool:
+        """Whether `--allow-target` says that this is a target, whatever the DNS says."""
+        return self._rules.names(address)
+
     def _for_everybody(self, address: Address) -> Address | None:
         if self._registry.has(address):
             return address

@@ -160,14 +160,23 @@ class Rules:
         networks = tuple(rule.network for rule in self.networks if address.port in rule.ports)
         if number is not None:
             return address if lies_in(number, networks) else None
-        name = address.host.lower().rstrip(".")
-        if _NUMERAL.fullmatch(name.rpartition(".")[2]):
-            return None  # 2130706433, 0x7f000001, 127.1: resolvers read numbers into them
-        hosts = [rule for rule in self.hosts if address.port in rule.ports and rule.name.fullmatch(name)]
+        if _is_numeral(address.host):
+            return None
+        hosts = self._hosts(address)
         if any(rule.is_exact for rule in hosts):
             return address
         networks += ANYWHERE if hosts else ()
         return GuardedName(address.host, address.port, networks) if networks else None
+
+    def names(self, address: TcpAddress) -> bool:
+        """Whether a number lies in an allowed network, or a name is an allowed one, whatever it resolves to."""
+        if number_of(address.host) is not None:
+            return self.tcp(address) is not None
+        return not _is_numeral(address.host) and bool(self._hosts(address))
+
+    def _hosts(self, address: TcpAddress) -> list[HostRule]:
+        name = address.host.lower().rstrip(".")
+        return [rule for rule in self.hosts if address.port in rule.ports and rule.name.fullmatch(name)]
 
     def unix(self, address: UnixAddress) -> UnixAddress | None:
         """The path as it is allowed, if it is by its text: nobody makes this look around in a folder of his choice."""
@@ -184,6 +193,11 @@ def number_of(host: str) -> Number | None:
         return None
     mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None
     return mapped or number
+
+
+def _is_numeral(name: str) -> bool:
+    """Whether a resolver may read a number into it: 2130706433, 0x7f000001, 127.1, 0177.0.0.1 (inet_aton(3))."""
+    return _NUMERAL.fullmatch(name.rstrip(".").rpartition(".")[2]) is not None
 
 
 def lies_in(number: Number, networks: Iterable[Network]) -> bool:
