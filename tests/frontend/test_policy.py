@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -342,6 +344,47 @@ def test_real_sockets_alone_whatever_leads_there(tmp_path: Path) -> None:
         f"/proc/{os.getpid()}/root{folder}/real",
     ):
         assert not allowed(proc, UnixAddress(path))
+
+
+IN_ANOTHER_CONTAINER = """
+import socket, subprocess, sys
+folder = sys.argv[1]
+subprocess.run(["mount", "-t", "tmpfs", "none", folder], check=True)
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.bind(folder + "/real")
+    sock.listen()
+    print("there", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_socket_of_the_same_path_in_another_container(tmp_path: Path) -> None:
+    folder = tmp_path / "lm"
+    folder.mkdir()
+    command = [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "--mount",
+        sys.executable,
+        "-c",
+        IN_ANOTHER_CONTAINER,
+        str(folder),
+    ]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        if other.stdout.readline() != b"there\n":
+            pytest.skip("no namespaces here")
+        root = f"/proc/{other.pid}/root"
+        with listening(folder / "real"):
+            (folder / "theirs").symlink_to(f"{root}{folder}/real")
+            handle = os.open(folder / "theirs", os.O_PATH)
+            assert os.readlink(f"/proc/self/fd/{handle}") == str(folder / "real")  # by its path alone it is ours
+            os.close(handle)
+            chosen = policy([f"{folder}/"])
+            assert led_to(chosen.allowed(AWAY, UnixAddress(f"{folder}/real"))) == str(folder / "real")
+            assert led_to(chosen.allowed(AWAY, UnixAddress(f"{folder}/theirs"))) == "403"
+        other.communicate(b"")
 
 
 @pytest.mark.parametrize("transport", [NativeTransport, PlainTransport])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -12,7 +13,7 @@ from multidict import CIMultiDict
 from lmcache_api.pytest_plugin import StartApi
 from lmcache_frontend.options import read_options
 from lmcache_frontend.pytest_plugin import StartFrontend
-from lmcache_shared.access.hosts import Hosts
+from lmcache_shared.access.hosts import Hosts, names_of_this_machine
 from lmcache_shared.errors import ConfigError, Refusal
 
 CHROME = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 Chrome/142.0.0.0 Safari/537.36"}
@@ -99,6 +100,19 @@ def test_what_the_operator_allows(allowed: str, host: str, known: bool) -> None:
 
 def test_the_names_a_server_is_given_are_its_own() -> None:
     assert Hosts(None, own=["ops.example.com", "0.0.0.0", ""]).knows("ops.example.com:80")
+
+
+def test_this_machines_names(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(
+        "127.0.0.1 localhost evil.com\n127.0.1.1\tGPU7.rack.example.com gpu7 # not.this\n# 10.0.0.1 gpu7 nor.this\n"
+        "10.0.0.2\n"
+    )
+    (tmp_path / "resolv").write_text("nameserver 10.0.0.1\nsearch dc.example.com example.com. .\noptions ndots:5\n")
+    for hostname in ("gpu7", "GPU7.Rack.example.com"):
+        found = names_of_this_machine(hostname, str(tmp_path / "hosts"), str(tmp_path / "resolv"))
+        assert found == {"gpu7", "gpu7.rack.example.com", "gpu7.dc.example.com", "gpu7.example.com"}
+    assert names_of_this_machine("gpu7", str(tmp_path / "no"), str(tmp_path)) == {"gpu7"}
+    assert all(Hosts(None).knows(name) for name in names_of_this_machine())
 
 
 @pytest.mark.parametrize("name", ["a b", "http://a.com", "a.com:80", "*a.com", "a.*.com", "a..com", "", "10.0.0.0/8"])

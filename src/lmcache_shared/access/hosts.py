@@ -22,6 +22,7 @@ NOT_PUBLIC = frozenset("local internal localhost svc lan home corp private intra
 """Suffixes that nobody gets from a registrar: RFC 6761, 6762 (appendix G), 8375, ICANN's `.internal`, Kubernetes'."""
 
 MAX_ALLOWED = 256
+MAX_FILE_CHARACTERS = 1 << 16
 
 _PATTERN = re.compile(r"(\*\.)?[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63}){0,30}\.?", re.ASCII)
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{0,5})?", re.ASCII)
@@ -53,7 +54,7 @@ class Hosts:
         self._holds_for_programs = bool(names)
         self._is_any = "*" in names
         self._names = {name for name in names if not name.startswith("*")}
-        self._names |= {name.lower().rstrip(".") for name in (*own, socket.gethostname()) if name}
+        self._names |= {name.lower().rstrip(".") for name in (*own, *names_of_this_machine()) if name}
         self._suffixes = NOT_PUBLIC | {name[2:] for name in names if name.startswith("*.")}
         self._option = option
 
@@ -100,6 +101,34 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def names_of_this_machine(
+    hostname: str = "", hosts: str = "/etc/hosts", resolver: str = "/etc/resolv.conf"
+) -> set[str]:
+    """Its host name, what the file of hosts has beside it, and with the domains in which the resolver searches.
+
+    The DNS is not asked: it would hold the start up where it does not answer.
+    """
+    name = (hostname or socket.gethostname()).lower()
+    names = {name}
+    for words in _lines(hosts):
+        if name in words[1:]:
+            names.update(words[1:])
+    for words in _lines(resolver):
+        if words[0] in ("search", "domain"):
+            names.update(f"{name.partition('.')[0]}.{domain.strip('.')}" for domain in words[1:] if domain.strip("."))
+    return names
+
+
+def _lines(file: str) -> list[list[str]]:
+    """The words of its lines, in small letters and without comments; nothing where it cannot be read."""
+    try:
+        with open(file, encoding="ascii", errors="replace") as stream:
+            text = stream.read(MAX_FILE_CHARACTERS).lower()
+    except OSError:
+        return []
+    return [words for line in text.splitlines() if (words := line.partition("#")[0].split())]
 
 
 HOSTS: web.AppKey[Hosts] = web.AppKey("hosts", Hosts)
