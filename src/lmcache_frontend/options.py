@@ -38,6 +38,7 @@ _METAVARS = {
     "route_folder": "DIR",
     "socket_prefix": "PATH",
     "allow_target": "TARGET",
+    "allow_host": "NAME",
 }
 
 
@@ -94,7 +95,7 @@ class Options:
     allow_host: list[str] | None = setting(
         None,
         "A name by which browsers ask for this server, such as *.example.com, beside addresses and names of no public"
-        " DNS. Can be given again; then it holds for programs too.",
+        " DNS. Can be given again. Where one is given it holds for programs too.",
     )
     route_folder: list[str] | None = setting(None, "Folders whose *_api.py and *_page.py files are served too.")
     log_level: str = setting("warning", "How much to log: critical, error, warning (or warn), info, debug, trace.")

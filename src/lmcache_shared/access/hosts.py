@@ -22,6 +22,9 @@ NOT_PUBLIC = frozenset("local internal localhost svc lan home corp private intra
 """Suffixes that nobody gets from a registrar: RFC 6761, 6762 (appendix G), 8375, ICANN's `.internal`, Kubernetes'."""
 
 MAX_ALLOWED = 256
+MAX_SEEN = 256
+"""Values of `Host` that are known to be known: the next request with one costs a look into a set."""
+
 MAX_FILE_CHARACTERS = 1 << 16
 
 _PATTERN = re.compile(r"(\*\.)?[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63}){0,30}\.?", re.ASCII)
@@ -57,6 +60,7 @@ class Hosts:
         self._names |= {name.lower().rstrip(".") for name in (*own, *names_of_this_machine()) if name}
         self._suffixes = NOT_PUBLIC | {name[2:] for name in names if name.startswith("*.")}
         self._option = option
+        self._seen: set[str] = set()
 
     def check(self, request: web.Request) -> None:
         """Let a request pass that is for this server.
@@ -64,10 +68,10 @@ class Hosts:
         Raises:
             Refusal: 421 (RFC 9110, section 15.5.20); the text names the host and the option.
         """
-        if not (self._holds_for_programs or is_browser(request)):
-            return
         for host in request.headers.getall("Host", ()):
-            if not self.knows(host):
+            if host in self._seen or self.knows(host):
+                continue
+            if self._holds_for_programs or is_browser(request):
                 raise Refusal(
                     421,
                     f"this server does not answer for the host {host[:100]!a}; allow the name with {self._option}",
@@ -75,6 +79,14 @@ class Hosts:
 
     def knows(self, host: str) -> bool:
         """Whether a value of `Host` is one for which this server answers."""
+        if not self._is_known(host):
+            return False
+        if len(self._seen) >= MAX_SEEN:
+            self._seen.clear()
+        self._seen.add(host)
+        return True
+
+    def _is_known(self, host: str) -> bool:
         found = _HOST.fullmatch(host)
         if found is None:
             return False
