@@ -144,7 +144,9 @@ class TestOfAFrontend:
 
     async def test_a_wrong_token_is_refused_and_counted(self, frontend: RunningFrontend) -> None:
         wrong = {"X-Forwarded-For": "10.0.0.8", "Authorization": "Bearer no-such-token"}
-        for _ in range(MAX_FAILURES):
+        for number in range(2 * MAX_FAILURES):  # one that is shown again and again guesses nothing
+            if number > MAX_FAILURES:
+                wrong["Authorization"] += "x"
             found, said = await status(frontend.client, "GET", "/api/nodes", wrong)
             assert found == 401
             assert b"no-such-token" not in said
@@ -258,10 +260,11 @@ class TestTokens:
 def test_attempts_are_bounded() -> None:
     attempts = Attempts()
     for number in range(MAX_ADDRESSES + 10):
-        attempts.failed(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+        attempts.failed(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", "x")
     assert len(attempts._failures) == MAX_ADDRESSES
     for number in range(MAX_FAILURES):
-        attempts.failed(f"2001:db8::{number}")
+        assert attempts.failed(f"2001:db8::{number}", f"{number}")
+        assert not attempts.failed(f"2001:db8::{number}", f"{number}")
     assert attempts.wait_seconds("2001:db8::ffff") > 0
     assert attempts.wait_seconds("2001:db8:0:1::1") == 0
 
@@ -329,6 +332,19 @@ async def test_what_reveals_is_kept_by_nobody(api_server: StartApi, frontend_ser
     for client, before in ((worker.client, ""), (frontend.client, "/proxy2/w")):
         for path, kept in (("/env", "no-store"), ("/threads", "no-store"), ("/version", None)):
             async with client.get(before + path) as response:
+                assert response.headers.get("Cache-Control") == kept
+
+
+async def test_of_others_nodes_too(frontend_server: StartFrontend) -> None:
+    async def node(request: web.Request) -> web.Response:
+        return web.Response(headers={"Cache-Control": "max-age=9"} if "own" in request.query else {})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", node)
+    async with TestServer(app) as server:
+        frontend = await frontend_server(nodes=[{"name": "w", "host": "127.0.0.1", "port": server.port}])
+        for path, kept in (("/env", "no-store"), ("/env?own", "max-age=9"), ("/version", None)):
+            async with frontend.client.get("/proxy2/w" + path) as response:
                 assert response.headers.get("Cache-Control") == kept
 
 
@@ -431,8 +447,8 @@ class TestSignIn:
 
     async def test_a_wrong_token(self, frontend_server: StartFrontend, token_file: str) -> None:
         frontend = await frontend_server(token_file=token_file)
-        for _ in range(MAX_FAILURES):
-            found, headers = await self.sign_in(frontend, "<b>no-such-token</b>")
+        for number in range(MAX_FAILURES):
+            found, headers = await self.sign_in(frontend, f"<b>no-such-token</b>{number}")
             assert (found, "Set-Cookie" in headers) == (401, False)
         assert (await self.sign_in(frontend, SECRETS["admin"]))[0] == 429
 
@@ -491,6 +507,10 @@ async def test_viewers_may_need_a_token(
         }
         told = 401 if caller in ("local", "anonymous") else 200
         assert list(found.values()) == [told] * 4 + [200] * 3, (caller, found)
+    browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8", "User-Agent": "Mozilla/5.0"}
+    for path in ("/", "/proxy2/w/version"):
+        async with closed.client.get(path, headers=browser, allow_redirects=False) as response:
+            assert (response.status, response.headers["Location"]) == (303, "/sign-in")
     rack = {"name": "rack", "host": "127.0.0.1", "port": closed.server.address.port, "nodes": []}
     for token, known in (({}, False), ({"token": SECRETS["viewer"]}, True)):
         frontend = await frontend_server(nodes=[{**rack, **token}], health_interval=1.0)

@@ -395,7 +395,7 @@ def one_pod(documents: Sequence[Document], workload: Document, engine: Document,
     volume = next((volume for volume in pod_of(workload)["volumes"] if {volume["name"]} == mounts[0]), {})
     if mounts[0] != mounts[1] or "emptyDir" not in volume:
         yield f"{folder} is not one emptyDir of both containers: {mounts}"
-    if not (options_of(frontend).socket_prefix or "").startswith(folder + "/"):
+    if not all(prefix.startswith(folder + "/") for prefix in options_of(frontend).socket_prefix or [""]):
         yield f"--socket-prefix is not {folder}/"
     if settings.internal_api_server_socket_mode != 0o660 or not pod_of(workload)["securityContext"].get("fsGroup"):
         yield "the sockets are not their group's, or the pod has no fsGroup"
@@ -784,7 +784,7 @@ def test_the_files_of_etc_fit_together() -> None:
     service = unit((SYSTEMD / UNITS[0]).read_text())["Service"]
     folder = f"/run/{service['RuntimeDirectory']}/"
     assert str(settings.internal_api_server_socket_path_prefix).startswith(folder)
-    assert read_options(exec_line(service)[0][1:], {}).socket_prefix == folder
+    assert read_options(exec_line(service)[0][1:], {}).socket_prefix == [folder]
     assert settings.internal_api_server_socket_mode == 0o660
     command, environ = exec_line(service)
     options = read_options(command[1:], environ)

@@ -84,6 +84,8 @@ def _default(row: Definition) -> str:
         return ""
     if row.kind == settings.FileMode:
         return f"`{row.default:04o}`"
+    if isinstance(row.default, tuple):
+        return ", ".join(f"`{item}`" for item in row.default)
     return f"`{str(row.default).lower() if isinstance(row.default, bool) else row.default}`"
 
 

@@ -11,6 +11,7 @@ from lmcache_api.component import Category, Component
 from lmcache_shared import routes
 from lmcache_shared.access.browser import own_site_only
 from lmcache_shared.access.gate import GATE, Gate, Names, admitted
+from lmcache_shared.access.hosts import HOSTS, Hosts, own_host_only
 from lmcache_shared.access.tokens import Tokens
 from lmcache_shared.blocking import BlockingPool
 from lmcache_shared.errors import refusals
@@ -45,12 +46,13 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
             the settings and installed packages are served in any case.
 
     Raises:
-        ConfigError: its tokens cannot be used.
+        ConfigError: its tokens, or its names of hosts, cannot be used.
         RouteError: a route module is broken, or two claim one route.
     """
     app = web.Application(
-        middlewares=[refusals, own_site_only, admitted, _without_slash], client_max_size=MAX_BODY_BYTES
+        middlewares=[refusals, own_host_only, own_site_only, admitted, _without_slash], client_max_size=MAX_BODY_BYTES
     )
+    app[HOSTS] = _hosts(component.settings)
     app[GATE] = _gate(component.settings)
     app[COMPONENT] = component
     app[POOL] = BlockingPool(f"lmcache-api-{component.index}")
@@ -73,12 +75,18 @@ def create_app(component: Component, categories: Sequence[Category] | None = Non
     return app
 
 
+def _hosts(settings: Settings) -> Hosts:
+    own = (settings.internal_api_server_host,)
+    return Hosts(settings.internal_api_server_allow_host, option="internal_api_server_allow_host", own=own)
+
+
 def _gate(settings: Settings) -> Gate:
     name = "internal_api_server_token"
     return Gate(
         Tokens(settings.internal_api_server_token, settings.internal_api_server_token_file, place=name),
         Names(name, f"{name}_file", "internal_api_server_auth: false"),
         trust_local=settings.internal_api_server_trust_local,
+        open_to_viewers=settings.internal_api_server_viewers == "open",
         no_auth=not settings.internal_api_server_auth,
     )
 

@@ -16,12 +16,15 @@ from lmcache_frontend.nodes.sources import Sources
 from lmcache_frontend.options import Options
 from lmcache_frontend.proxy.paths import Paths
 from lmcache_frontend.proxy.policy import Policy
+from lmcache_frontend.proxy.rules import read_rules
 from lmcache_frontend.proxy.transport import Targets
 from lmcache_frontend.telemetry.health.board import HealthBoard
 from lmcache_frontend.telemetry.metrics.own import OWN_METRICS, OwnMetrics
 from lmcache_shared import routes
 from lmcache_shared.access.browser import own_site_only
+from lmcache_shared.access.caller import COOKIE_PREFIX
 from lmcache_shared.access.gate import GATE, Gate, Names, admitted
+from lmcache_shared.access.hosts import HOSTS, Hosts, own_host_only
 from lmcache_shared.access.tokens import Tokens
 from lmcache_shared.errors import refusals
 
@@ -50,15 +53,16 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
         ConfigError: its tokens or its audit log cannot be used.
         RouteError: a route module is broken, or two claim one route.
     """
-    app = web.Application(middlewares=[refusals, own_site_only, admitted, audited])
+    app = web.Application(middlewares=[refusals, own_host_only, own_site_only, admitted, audited])
     app[OPTIONS] = options
+    app[HOSTS] = Hosts(options.allow_host, option="--allow-host", own=(options.host, options.report_host or ""))
     app[GATE] = _gate(options)
     app[REGISTRY] = cluster.registry
     app[SOURCES] = cluster.sources
     app[BY_HAND] = cluster.by_hand
     app[NEIGHBOURS] = cluster.neighbours
     app[DISCOVERY] = cluster.discovery
-    app[POLICY] = Policy(cluster.registry, options.socket_prefix)
+    app[POLICY] = Policy(cluster.registry, read_rules(options.socket_prefix, options.allow_target))
     app[PATHS] = Paths(cluster.registry)
     app[HEALTH] = cluster.health
     app[READY] = cluster.not_ready
@@ -84,11 +88,11 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
 def _gate(options: Options) -> Gate:
     return Gate(
         Tokens(options.token, options.token_file, place=options.place_of("token")),
-        Names("--token (LMCACHE_FRONTEND_TOKEN)", "--token-file", "--no-auth", ", or sign in at /sign-in"),
+        Names("--token (LMCACHE_FRONTEND_TOKEN)", "--token-file", "--no-auth", "/sign-in"),
         trust_local=not options.no_trust_local,
         open_to_viewers=options.viewers == "open",
         no_auth=options.no_auth,
-        cookie=f"lmcache_frontend_{options.port}",  # browsers send cookies to every port of a host
+        cookie=f"{COOKIE_PREFIX}{options.port}",
     )
 
 

@@ -16,6 +16,8 @@ from yarl import URL
 from lmcache_frontend import plugins
 from lmcache_frontend.nodes.sources.dns_names import read_names, read_server
 from lmcache_frontend.nodes.stores.spec import check_spec
+from lmcache_frontend.proxy.rules import read_rules
+from lmcache_shared.access.hosts import Hosts
 from lmcache_shared.address import tcp_address
 from lmcache_shared.config import convert
 from lmcache_shared.errors import AddressError, ConfigError
@@ -35,6 +37,8 @@ _METAVARS = {
     "audit_log": "FILE",
     "route_folder": "DIR",
     "socket_prefix": "PATH",
+    "allow_target": "TARGET",
+    "allow_host": "NAME",
 }
 
 
@@ -78,9 +82,20 @@ class Options:
     scrape_seconds: float = setting(
         8.0, "How long /metrics waits for the nodes; below Prometheus' own scrape_timeout.", minimum=0.5, maximum=300
     )
-    socket_prefix: str | None = setting(
-        "/tmp/lmcache_internal_api_server/",  # noqa: S108 - where LMCache's documents put them
-        "The proxy also reaches Unix sockets whose path begins like this; empty: registered nodes alone.",
+    socket_prefix: list[str] | None = setting(
+        ("/tmp/lmcache_internal_api_server/",),  # noqa: S108 - where LMCache's documents put them
+        "The proxy also reaches Unix sockets whose path begins like this, or like another one if given again; empty:"
+        " none.",
+    )
+    allow_target: list[str] | None = setting(
+        None,
+        "The proxy also reaches this; host:port (* within a name, * for every port, 7000-7010), a network such as"
+        " 10.0.0.0/8:7000, or a socket such as /run/lmcache/*.sock. Can be given again.",
+    )
+    allow_host: list[str] | None = setting(
+        None,
+        "A name by which browsers ask for this server, such as *.example.com, beside addresses and names of no public"
+        " DNS. Can be given again. Where one is given it holds for programs too.",
     )
     route_folder: list[str] | None = setting(None, "Folders whose *_api.py and *_page.py files are served too.")
     log_level: str = setting("warning", "How much to log: critical, error, warning (or warn), info, debug, trace.")
@@ -159,6 +174,8 @@ def _action(definition: Definition) -> dict[str, Any]:
 
 
 def _spelled(default: object) -> str:
+    if isinstance(default, tuple):
+        return ", ".join(default)
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
@@ -197,6 +214,8 @@ def make_options(found: Mapping[str, Given]) -> Options:
     options = Options(**{name: convert(*_checkable(name, given)) for name, given in found.items()})
     places = {name: given.place for name, given in found.items()}
     options = replace(options, log_level=options.log_level.lower(), places=places)
+    if "socket_prefix" in found:  # an empty one is none
+        options = replace(options, socket_prefix=[it for it in options.socket_prefix or () if it] or None)
 
     def refuse(name: str, problem: str) -> ConfigError:
         place = options.place_of(name)
@@ -204,9 +223,7 @@ def make_options(found: Mapping[str, Given]) -> Options:
 
     if options.log_level not in LOG_LEVELS:
         raise refuse("log_level", f"{options.log_level}: expected one of {', '.join(LOG_LEVELS)}")
-    if options.socket_prefix is not None and not options.socket_prefix.startswith("/"):
-        raise refuse("socket_prefix", f"{options.socket_prefix}: the path of a Unix socket starts with /")
-    for name, problem in _discovery_problems(options):
+    for name, problem in (*_discovery_problems(options), *_access_problems(options)):
         raise refuse(name, problem)
     try:
         check_spec(options.registry)
@@ -235,6 +252,22 @@ def _discovery_problems(options: Options) -> Iterator[tuple[str, str]]:
         read_server(options.dns_server)
     except ConfigError as error:
         yield "dns_server", str(error)
+
+
+def _access_problems(options: Options) -> Iterator[tuple[str, str]]:
+    """The options that say where the proxy goes, and for which host this serves, and cannot be read; and why not."""
+    try:
+        read_rules(options.socket_prefix, None)
+    except ConfigError as error:
+        yield "socket_prefix", str(error)
+    try:
+        read_rules(None, options.allow_target)
+    except ConfigError as error:
+        yield "allow_target", str(error)
+    try:
+        Hosts(options.allow_host)
+    except ConfigError as error:
+        yield "allow_host", str(error)
 
 
 def _checkable(name: str, given: Given) -> tuple[object, Definition, str]:

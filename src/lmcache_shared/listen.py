@@ -19,10 +19,13 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote
 
 from aiohttp import web
+from aiohttp.abc import AbstractAccessLogger
 from aiohttp.http_exceptions import HttpProcessingError
 
+from lmcache_shared import secrets
 from lmcache_shared.address import Address, TcpAddress, UnixAddress
 from lmcache_shared.errors import AddressError, AddressInUse
 
@@ -35,9 +38,10 @@ BACKLOG = 128
 KEEPALIVE_SECONDS = 75.0
 """How long an idle connection is kept."""
 
-ACCESS_LOG_FORMAT = '%a "%r" %s %b bytes %Tf s'
-
 MIN_SHUTDOWN_SECONDS = 0.05
+
+MAX_LOGGED_QUERY = 2000
+"""Characters; a longer query is not looked through, and not told."""
 
 _http_logger = logging.getLogger("lmcache_shared.http")
 
@@ -73,12 +77,47 @@ def make_runner(
         auto_decompress=False,  # a proxied body goes on as it came, and nobody sends a small one that grows here
         keepalive_timeout=KEEPALIVE_SECONDS,
         access_log=access_log,
-        access_log_format=ACCESS_LOG_FORMAT,
+        access_log_class=AccessLogger,
         # aiohttp (3.14) waits this long twice, for handlers and for connections, and without an end when it is 0
         shutdown_timeout=max(drain_seconds / 2, MIN_SHUTDOWN_SECONDS),
         handler_cancellation=True,
         logger=_http_logger,
     )
+
+
+class AccessLogger(AbstractAccessLogger):
+    """One line for a request: from where, what, how it ended, bytes, seconds. What looks secret in a query is `***`."""
+
+    def log(self, request: web.BaseRequest, response: web.StreamResponse, time: float) -> None:
+        self.logger.info(
+            '%s "%s %s HTTP/%s.%s" %s %s bytes %.6f s',
+            request.remote or "-",
+            request.method,
+            without_secrets(request.path_qs),
+            *request.version,
+            response.status,
+            response.body_length,
+            time,
+        )
+
+    @property
+    def enabled(self) -> bool:
+        return self.logger.isEnabledFor(logging.INFO)
+
+
+def without_secrets(target: str) -> str:
+    """A path and query for the log, such as `/sign-in?token=***`."""
+    path, question, query = target.partition("?")
+    if not question:
+        return path
+    if len(query) > MAX_LOGGED_QUERY:
+        return f"{path}?..."
+    pairs = [(pair, *pair.partition("=")) for pair in query.split("&")]
+    shown = [
+        f"{name}={secrets.MASK}" if is_set and secrets.is_secret(unquote(name), unquote(value)) else pair
+        for pair, name, is_set, value in pairs
+    ]
+    return f"{path}?{'&'.join(shown)}"
 
 
 def make_site(runner: web.BaseRunner, address: Address, *, socket_mode: int = DEFAULT_SOCKET_MODE) -> web.BaseSite:

@@ -117,6 +117,10 @@ class Settings:
         None, "Names to mask in `/env` and `/conf` beside the built-in rule; `*` stands for any text.",
         section=EXTRA,
     )  # fmt: skip
+    internal_api_server_allow_host: list[str] | None = setting(
+        None, "Names by which browsers ask for this server, such as `*.example.com`, beside addresses and names of no"
+        " public DNS; where it is set it holds for programs too.", section=EXTRA,
+    )  # fmt: skip
     internal_api_server_token: str | None = setting(
         None, "An admin's token, of 16 characters or more, for callers on other machines.", section=EXTRA
     )
@@ -126,6 +130,10 @@ class Settings:
     internal_api_server_trust_local: bool = setting(
         True, "Callers on this machine are admins; if not, they need a token too.", section=EXTRA
     )
+    internal_api_server_viewers: str = setting(
+        "open", "Who on other machines may look: everybody, or who has a token.", section=EXTRA,
+        choices=("open", "token"),
+    )  # fmt: skip
     internal_api_server_auth: bool = setting(
         True, "Ask callers on other machines for a token before they change something; if not, whoever reaches the"
         " server may do everything.", section=EXTRA,

@@ -12,6 +12,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from lmcache_api.pytest_plugin import free_port
 from tests.e2e.processes import read_until, running
 
+REBOUND = "rebound.example.com"
+"""A name of somebody else's that points here, to the browser."""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -19,6 +22,7 @@ def browser() -> Iterator[Browser]:
     path = next((found for name in names if name and (found := shutil.which(name))), None)
     assert path, "Chromium not found; `make test` installs it where it can, CHROMIUM names it"
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    flags.append(f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=flags)
         yield browser
@@ -102,8 +106,7 @@ def test_who_signs_in_needs_no_javascript(browser: Browser) -> None:
             page, url = context.new_page(), f"http://127.0.0.1:{port}"
             opened = page.goto(f"{url}/")
             assert opened is not None
-            assert opened.status == 401
-            page.goto(f"{url}/sign-in")
+            assert (opened.status, page.url) == (200, f"{url}/sign-in")  # a page that needs a token leads there
             page.fill("input[name=token]", "a-wrong-token")
             page.click("text=Sign in")
             assert "none that this server knows" in page.inner_text("[role=alert]")
@@ -114,3 +117,17 @@ def test_who_signs_in_needs_no_javascript(browser: Browser) -> None:
             page.click("footer a")
             page.click("text=Sign out")
             assert context.cookies() == []
+
+
+def test_a_page_of_a_name_that_was_made_to_point_here_reads_nothing(browser: Browser) -> None:
+    port = free_port()
+    with running("-m", "lmcache_frontend", "--host", "127.0.0.1", "--port", str(port)) as frontend:
+        read_until(frontend, "serves on")
+        page = browser.new_page()
+        opened = page.goto(f"http://{REBOUND}:{port}/")
+        assert opened is not None
+        assert (opened.status, "--allow-host" in opened.text()) == (421, True)
+        for fields in ("{}", "{'User-Agent': 'curl/8.0', 'Accept-Language': '', 'Accept': '*/*'}"):
+            asked = f"fetch('/api/nodes', {{headers: {fields}, referrerPolicy: 'no-referrer'}}).then(it => it.status)"
+            assert page.evaluate(asked) == 421
+        page.close()

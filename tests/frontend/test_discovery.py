@@ -253,8 +253,34 @@ async def test_another_machines_loopback_is_not_ours(frontend_server: StartFront
         400,
         "api_address 127.0.0.1:1: is this machine and not yours; report another with --report-host",
     )
-    status, _ = await ask(frontend, "/heartbeat", params={**BEAT, "api_address": "http://h:1"}, headers=far)
-    assert status == 200
+
+
+async def test_who_may_report_whom(frontend_server: StartFrontend) -> None:
+    allowed = ["10.8.0.0/16:*", "*.pods.svc:8000", "one:8000"]
+    frontend = await frontend_server(allow_target=allowed, token="the-token-of-an-admin")
+    far = {"X-Forwarded-For": "10.0.0.1"}
+    token = {"Authorization": "Bearer the-token-of-an-admin"}
+    for address, headers, expected in (
+        ("10.0.0.1:8000", far, 200),
+        ("[::ffff:10.0.0.1]:8000", far, 200),
+        ("10.8.1.1:8000", far, 200),
+        ("a.pods.svc:8000", far, 200),
+        ("one:8000", far, 200),
+        ("10.0.0.2:8000", far, 403),
+        ("10.0.0.2:8000", {**far, **token}, 200),
+        ("10.0.0.2:8000", {}, 200),
+        ("169.254.169.254:80", far, 403),
+        ("metadata.google.internal:80", far, 403),
+        ("2852039166:80", far, 403),
+        ("0x0a000001:80", far, 403),
+        ("evil.example:8000", far, 403),
+        ("evil.example:8000", {}, 200),
+    ):
+        status, answer = await ask(
+            frontend, "/heartbeat", params={**BEAT, "api_address": f"http://{address}"}, headers=headers
+        )
+        assert status == expected, (address, answer)
+        assert expected == 200 or (f"--allow-target {address}" in answer["detail"] and "10.0.0.1" in answer["detail"])
 
 
 async def test_no_page_of_another_site_makes_a_proxy_known(frontend_server: StartFrontend) -> None:

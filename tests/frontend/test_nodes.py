@@ -29,7 +29,7 @@ async def test_health_as_recorded(frontend_server: StartFrontend) -> None:
 
 
 async def test_refusals_of_the_proxy_as_recorded(frontend_server: StartFrontend) -> None:
-    frontend = await frontend_server(nodes=[N1], socket_prefix="/tmp/")
+    frontend = await frontend_server(nodes=[N1], socket_prefix=["/tmp/"])
     exchanges = {str(exchange): exchange for exchange in read("frontend.jsonl")}
     for name in ("GET /proxy2/nope/version", "GET /proxy/localhost/%252Ftmp%252Fno_such_socket/version"):
         exchange = exchanges[name]
@@ -38,7 +38,9 @@ async def test_refusals_of_the_proxy_as_recorded(frontend_server: StartFrontend)
     refused = exchanges["GET /proxy/127.0.0.1/1/version"]
     headers = {"X-Forwarded-For": "10.0.0.1"}  # a caller on this machine itself may reach its ports
     async with frontend.client.get(refused.path, headers=headers) as response:
-        assert (response.status, await response.json()) == (refused.status, refused.body)
+        said = await response.json()
+        assert said.pop("reason") == "add it with --nodes or --config, or allow it with --allow-target 127.0.0.1:1"
+        assert (response.status, said) == (refused.status, refused.body)
 
 
 def test_plain_nodes_are_children_of_local_proxy_and_proxies_stand_beside_it() -> None:

@@ -145,7 +145,7 @@ def test_every_plugin_frontend_key_is_an_option() -> None:
     }
     found = deployment({"extra_config": extra}).options
     assert found == Options(
-        port=9100, host="127.0.0.1", socket_prefix="/run/x", log_level="info", route_folder=["/a", "/b,c"],
+        port=9100, host="127.0.0.1", socket_prefix=["/run/x"], log_level="info", route_folder=["/a", "/b,c"],
         nodes='[{"name": "n", "host": "h", "port": 1}]', heartbeat_url="https://h/x", heartbeat_interval=60.0,
     )  # fmt: skip
     assert deployment({"extra_config": json.dumps(extra)}).options == found

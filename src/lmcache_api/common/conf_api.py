@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -9,20 +10,36 @@ from aiohttp import web
 from lmcache_api.app import COMPONENT, POOL
 from lmcache_api.operations import attempt
 from lmcache_shared import secrets
+from lmcache_shared.access.roles import Role, needs
 from lmcache_shared.responses import json_response, plain, text_response
-from lmcache_shared.schema import read_body
+from lmcache_shared.schema import parse_query, read_body
 
 router = web.RouteTableDef()
 
 
+@dataclass(frozen=True)
+class ConfQuery:
+    names: str | None = None
+    show_secrets: bool = False
+
+
 @router.get("/conf")
+@needs(Role.VIEWER, show_secrets=Role.ADMIN)
 async def read(request: web.Request) -> web.Response:
-    """All settings, or those of the comma list `names` that exist; JSON text as plain text, secrets as `***`."""
-    text = request.query.getall("names", [""])[-1]
-    names = text.split(",") if text else None
+    """All settings, or those of the comma list `names` that exist; JSON text as plain text.
+
+    Secrets are `***`, or with `show_secrets=true` as they are, which only an admin may ask for.
+    """
+    query = parse_query(request, ConfQuery)
+    names = query.names.split(",") if query.names else None
     configuration = request.app[COMPONENT].configuration
-    values = await attempt(request, lambda: _shown(request, configuration.read(names)), "read the settings", pool=POOL)
-    return text_response(json.dumps(values, indent=2))
+
+    def values() -> Any:
+        found = configuration.read(names)
+        return plain(found) if query.show_secrets else _shown(request, found)
+
+    told = await attempt(request, values, "read the settings", pool=POOL)
+    return text_response(json.dumps(told, indent=2))
 
 
 @router.post("/conf")

@@ -8,11 +8,15 @@ from datetime import datetime, timezone
 import msgspec
 from aiohttp import web
 
-from lmcache_frontend.app import DISCOVERY
+from lmcache_frontend.app import DISCOVERY, POLICY
 from lmcache_frontend.discovery.service import KEEP_SECONDS, Beat, Full, Report
 from lmcache_frontend.nodes.found import MAX_FOUND, SCHEME, read_api_address
 from lmcache_frontend.nodes.stores import StoreAway
-from lmcache_shared.access.caller import is_local_caller
+from lmcache_frontend.proxy.rules import number_of
+from lmcache_shared.access.caller import is_local_caller, seen_address
+from lmcache_shared.access.gate import caller_of
+from lmcache_shared.access.roles import Role
+from lmcache_shared.address import TcpAddress
 from lmcache_shared.errors import AddressError, Refusal
 from lmcache_shared.responses import json_response
 from lmcache_shared.schema import parse_query
@@ -123,7 +127,25 @@ def _api_address(request: web.Request) -> str:
         raise AddressError(f"api_address {error}") from None
     if where.is_loopback and not is_local_caller(request):
         raise AddressError(f"api_address {where}: is this machine and not yours; report another with --report-host")
+    _refuse_reports_for_others(request, where)
     return f"{SCHEME}{where}"
+
+
+def _refuse_reports_for_others(request: web.Request, where: TcpAddress) -> None:
+    """What is reported can be reached through the proxy: anybody may report himself, and an operator everybody.
+
+    Raises:
+        Refusal: 403.
+    """
+    caller, reported = seen_address(request), number_of(where.host)
+    is_itself = reported is not None and reported == number_of(caller)
+    if is_itself or caller_of(request).role >= Role.OPERATOR or request.app[POLICY].names(where):
+        return
+    raise Refusal(
+        403,
+        f"api_address {where}: this heartbeat comes from {caller}, and may report that address alone; allow this one"
+        f" with --allow-target {where}",
+    )
 
 
 def _pid(text: str) -> int | None:

@@ -12,22 +12,18 @@ import asyncio
 import logging
 import math
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 from aiohttp import HttpVersion, web
-from aiohttp.web_log import AccessLogger
 from multidict import CIMultiDictProxy
 
-from lmcache_frontend.audit import audited
 from lmcache_frontend.proxy import limits, passing
 from lmcache_frontend.proxy.answering import Written, in_one_piece
 from lmcache_frontend.proxy.head import MAX_HEAD_BYTES, Fields, Head, Heads
 from lmcache_shared.access.asking import HandlerOf
-from lmcache_shared.access.browser import own_site_only
-from lmcache_shared.access.gate import admitted
 from lmcache_shared.errors import refusals
-from lmcache_shared.listen import ACCESS_LOG_FORMAT, KEEPALIVE_SECONDS
+from lmcache_shared.listen import KEEPALIVE_SECONDS, AccessLogger
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +47,9 @@ class Front:
         self.app = app
         self.others = others
         self.heads = Heads()
-        self.by_address = _judged(passing.by_address)
-        self.by_name = _judged(passing.by_name)
-        self.access_log = AccessLogger(access_log, ACCESS_LOG_FORMAT) if access_log is not None else None
+        self.by_address = _judged(app, passing.by_address)
+        self.by_name = _judged(app, passing.by_name)
+        self.access_log = AccessLogger(access_log, "") if access_log is not None else None
         self.connections: set[_Connection] = set()
         self.is_stopping = False
 
@@ -73,20 +69,19 @@ class Front:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _judged(handler: HandlerOf[_Request]) -> HandlerOf[_Request]:
-    """The rules of the application around a handler, as its middlewares are."""
+def _judged(app: web.Application, handler: HandlerOf[_Request]) -> HandlerOf[_Request]:
+    """The rules of the application around a handler: its middlewares."""
+    for rule in reversed(app.middlewares):
+        handler = _within(cast("Rule", rule), handler)
+    return handler
 
-    async def is_audited(request: _Request) -> web.StreamResponse:
-        return await audited(request, handler)
 
-    async def is_admitted(request: _Request) -> web.StreamResponse:
-        return await admitted(request, is_audited)
+Rule = Callable[["_Request", HandlerOf["_Request"]], Awaitable[web.StreamResponse]]
 
-    async def is_of_own_site(request: _Request) -> web.StreamResponse:
-        return await own_site_only(request, is_admitted)
 
+def _within(rule: Rule, handler: HandlerOf[_Request]) -> HandlerOf[_Request]:
     async def judged(request: _Request) -> web.StreamResponse:
-        return await refusals(request, is_of_own_site)
+        return await rule(request, handler)
 
     return judged
 

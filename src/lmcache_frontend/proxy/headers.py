@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from lmcache_frontend.proxy.exchange import Fields, Proxying
 from lmcache_frontend.proxy.target import ProxiedPath
 from lmcache_shared.access.asking import Asking
-from lmcache_shared.access.caller import FRONTEND_VIA, SPEAKING_FOR_OTHERS
+from lmcache_shared.access.caller import COOKIE_PREFIX, FRONTEND_VIA, SPEAKING_FOR_OTHERS
 from lmcache_shared.address import Address, TcpAddress
 from lmcache_shared.errors import Refusal
 
@@ -57,10 +57,17 @@ _OF_AN_ANSWER = HOP_BY_HOP | {
     b"service-worker-allowed",
     b"content-security-policy",
     b"x-content-type-options",
+    b"strict-transport-security",
+    b"alt-svc",
+    b"nel",
+    b"report-to",
+    b"reporting-endpoints",
     b"location",
     b"set-cookie",
 }
-"""A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing."""
+"""A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing, and what
+speaks for a whole origin is not its to say.
+"""
 
 _NAMING = frozenset(name.lower().encode() for name in SPEAKING_FOR_OTHERS)
 
@@ -72,6 +79,7 @@ _CONTINUED = frozenset(
 )
 _REWRITTEN = frozenset({b"location", b"set-cookie"})
 
+_COOKIE_DOMAIN = re.compile(rb";[ \t]*domain[ \t]*(=[^;]*)?(?=;|$)", re.IGNORECASE)
 _COOKIE_PATH = re.compile(rb"(;[ \t]*path[ \t]*=[ \t]*)(/[^;]*)", re.IGNORECASE)
 
 
@@ -168,12 +176,36 @@ def answer_fields(raw: Fields, wanted: ProxiedPath) -> list[tuple[bytes, bytes]]
         prefix, skipped = wanted.prefix.encode("utf-8", "surrogateescape"), wanted.skipped.encode()
         for name, value in own:
             if name.lower() == b"set-cookie":
-                fields.append(
-                    (name, _COOKIE_PATH.sub(lambda found: found[1] + _moved(found[2], prefix, skipped), value))
-                )
+                if not is_own_cookie(value):
+                    fields.append((name, _confined(value, prefix, skipped)))
             else:
                 fields.append((name, _location(value, wanted.address, prefix, skipped)))
     return fields
+
+
+def kept_by_nobody(fields: list[tuple[bytes, bytes]]) -> None:
+    """Have an answer that may reveal something kept by no cache, unless its node says how."""
+    if not any(name.lower() == b"cache-control" for name, _ in fields):
+        fields.append((b"Cache-Control", b"no-store"))
+
+
+def is_own_cookie(value: bytes) -> bool:
+    """Whether a `Set-Cookie` would set what a frontend keeps of who has signed in: a node must not.
+
+    Browsers cut white space off a name (RFC 6265, section 5.2), and send one without a name as its value alone.
+    """
+    return value.partition(b";")[0].lstrip(b"= \t").lower().startswith(COOKIE_PREFIX.encode())
+
+
+def _confined(value: bytes, prefix: bytes, skipped: bytes) -> bytes:
+    """A cookie for the target's paths under the frontend, and for no other host: `Domain` would name others."""
+    value = _COOKIE_DOMAIN.sub(b"", value)
+    return _COOKIE_PATH.sub(lambda found: found[1] + _cookie_path(found[2], prefix, skipped), value)
+
+
+def _cookie_path(path: bytes, prefix: bytes, skipped: bytes) -> bytes:
+    is_there = not skipped or (path + b"/").startswith(skipped + b"/")
+    return _moved(path, prefix, skipped) if is_there else prefix + b"/"
 
 
 def _location(value: bytes, address: Address, prefix: bytes, skipped: bytes) -> bytes:

@@ -49,7 +49,9 @@ async def _pass(request: Proxying, meant: Meant) -> web.StreamResponse:
         outgoing = as_outgoing(request, wanted, caller, watched.traffic)
         if asked.role <= Role.VIEWER and outgoing.body is None and not caller_of(request).by_token:
             request[PASSED] = Passed(meant, outgoing, watched, _valid_until(app, allowed), app[REGISTRY].revision)
-        return watched.answered(await forward(request, found, wanted, outgoing, watched.traffic, known))
+        reveals = asked.role >= Role.OPERATOR
+        answer = await forward(request, found, wanted, outgoing, watched.traffic, known, reveals=reveals)
+        return watched.answered(answer)
 
 
 def _valid_until(app: web.Application, address: Address) -> float:

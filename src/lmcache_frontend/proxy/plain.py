@@ -7,11 +7,13 @@ import re
 from collections.abc import AsyncIterator
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 from multidict import CIMultiDict
 from yarl import URL
 
 from lmcache_frontend.proxy import limits
 from lmcache_frontend.proxy.breaker import Breaker
+from lmcache_frontend.proxy.connect import connect
 from lmcache_frontend.proxy.exchange import (
     Body,
     BrokenOff,
@@ -42,9 +44,7 @@ class PlainTransport:
         self._waiting = 0
         self._answers = 0
         self.session = aiohttp.ClientSession(
-            connector=address.connector(
-                limit=limits.CONNECTIONS_PER_TARGET, keepalive_timeout=limits.KEEPALIVE_SECONDS
-            ),
+            connector=_Connector(address),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(
                 total=None,
@@ -102,6 +102,25 @@ class PlainTransport:
 
     def released(self) -> None:
         self._answers -= 1
+
+
+class _Connector(aiohttp.BaseConnector):
+    """Connects as the other transport does: to what has been checked."""
+
+    def __init__(self, address: Address) -> None:
+        limit = limits.CONNECTIONS_PER_TARGET
+        super().__init__(limit=limit, limit_per_host=limit, keepalive_timeout=limits.KEEPALIVE_SECONDS)
+        self._address = address
+
+    async def _create_connection(
+        self, req: aiohttp.ClientRequest, traces: object, timeout: aiohttp.ClientTimeout
+    ) -> ResponseHandler:
+        try:
+            return await connect(self._address, self._factory, limits.CONNECT_SECONDS)
+        except asyncio.TimeoutError:
+            raise
+        except OSError as error:
+            raise aiohttp.ClientConnectorError(req.connection_key, error) from None
 
 
 class _PlainAnswer:

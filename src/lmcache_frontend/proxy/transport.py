@@ -13,7 +13,7 @@ from aiohttp import web
 from lmcache_frontend.proxy import limits
 from lmcache_frontend.proxy.answering import Known, Traffic, Written, opening_of, send_back
 from lmcache_frontend.proxy.exchange import Outgoing, Proxying, Transport
-from lmcache_frontend.proxy.headers import Introduction, answer_fields, request_fields
+from lmcache_frontend.proxy.headers import Introduction, answer_fields, kept_by_nobody, request_fields
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.target import ProxiedPath
 from lmcache_frontend.proxy.tunnel import FIELDS, asks_for_upgrade, pass_on
@@ -84,10 +84,13 @@ async def forward(
     outgoing: Outgoing,
     traffic: Traffic,
     known: Known,
+    *,
+    reveals: bool = False,
 ) -> web.StreamResponse:
     """Send the request on to `target` as `outgoing`, and its answer back; `traffic` is counted.
 
-    What is `known` of the answers to its path is used and renewed.
+    What is `known` of the answers to its path is used and renewed. Nobody keeps a copy of one that may reveal
+    something.
 
     No body is held whole. An answer that breaks off breaks the caller's connection off too, so that half an answer
     never looks whole.
@@ -101,6 +104,8 @@ async def forward(
         opening = known.opening(request, answer)
         if opening is None:
             fields = answer_fields(answer.fields, wanted)
+            if reveals:
+                kept_by_nobody(fields)
             if answer.status == 101:
                 return await pass_on(cast(web.Request, request), answer, fields, traffic)
             opening = opening_of(request, answer, fields)

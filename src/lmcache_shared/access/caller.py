@@ -19,6 +19,9 @@ from lmcache_shared.address import is_loopback_host
 FRONTEND_VIA = "1.1 lmcache-frontend"
 """What a frontend of this project adds to `Via`."""
 
+COOKIE_PREFIX = "lmcache_frontend_"
+"""A frontend's cookie of who has signed in has its port behind it: browsers send cookies to every port of a host."""
+
 SPEAKING_FOR_OTHERS = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
 """Fields that a proxy adds to name the caller that it speaks for (RFC 7239, and custom)."""
 

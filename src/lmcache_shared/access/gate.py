@@ -33,7 +33,7 @@ class Names:
     token_file: str
     no_auth: str
     page: str = ""
-    """Where a browser can sign in."""
+    """The path of the page on which a browser can sign in."""
 
 
 class Gate:
@@ -93,7 +93,7 @@ class Gate:
             return None
         found = await self._tokens.find(unquote(value))
         if found is None:
-            self._cookie_attempts.failed(address)
+            self._cookie_attempts.failed(address, value)
         return found
 
     async def holder(self, request: Asking, token: str) -> Caller:
@@ -107,8 +107,8 @@ class Gate:
             raise Refusal(429, f"too many wrong tokens from {address}; wait", {"Retry-After": str(seconds)})
         found = await self._tokens.find(token)
         if found is None:
-            self._attempts.failed(address)
-            logger.warning("a wrong token from %s", address)
+            if self._attempts.failed(address, token):
+                logger.warning("a wrong token from %s", address)
             raise Refusal(401, "the token of this request is none that this server knows", _CHALLENGE)
         return found
 
@@ -125,12 +125,20 @@ class Gate:
         if caller.by_token:
             raise Refusal(403, f"{asked}, and the token of {caller.name!r} has the role {caller.role.title}")
         names = self._names
+        page = f", or sign in at {names.page}" if names.page else ""
         raise Refusal(
             401,
             f"{asked}: ask from the host itself, or send `Authorization: Bearer <token>` with a token of {names.token}"
-            f" or {names.token_file}{names.page}; {names.no_auth} lets everybody do everything",
+            f" or {names.token_file}{page}; {names.no_auth} lets everybody do everything",
             _CHALLENGE,
         )
+
+    def signs_in(self, request: web.Request, refusal: Refusal) -> web.Response | None:
+        """A person who opens a page and has to show a token is led to where that is done."""
+        is_page = request.method == "GET" and "text/html" in request.headers.get("Accept", "")
+        if refusal.status != 401 or not is_page or not self._names.page:
+            return None
+        return web.Response(status=303, headers={"Location": self._names.page, "Cache-Control": "no-store"})
 
 
 GATE: web.AppKey[Gate] = web.AppKey("gate", Gate)
@@ -151,8 +159,14 @@ async def admitted(request: R, handler: HandlerOf[R]) -> web.StreamResponse:
         if role > Role.NOBODY:
             raise
         request[CALLER] = Caller("anonymous", Role.NOBODY)
-    gate.require(request, role)
-    response = await handler(request)
+    try:
+        gate.require(request, role)
+        response = await handler(request)
+    except Refusal as refusal:
+        page = gate.signs_in(request, refusal)
+        if page is None:
+            raise
+        return page
     if role >= Role.OPERATOR and not response.prepared:
         response.headers.setdefault("Cache-Control", "no-store")  # it may reveal something, and nobody keeps a copy
     return response

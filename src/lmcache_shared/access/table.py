@@ -21,6 +21,7 @@ DECLARED: Mapping[tuple[str, str], Needs] = {
     ("GET", "/env"): Needs(Role.ADMIN),
     ("GET", "/threads"): _OPERATOR,
     ("GET", "/loglevel"): Needs(Role.VIEWER, {"level": Role.OPERATOR}),
+    ("GET", "/conf"): Needs(Role.VIEWER, {"show_secrets": Role.ADMIN}),
     ("POST", "/run_script"): Needs(Role.ADMIN),
     ("POST", "/cache/lookup"): _VIEWER,
     ("POST", "/lookup"): _VIEWER,
@@ -40,7 +41,7 @@ BY_METHOD: frozenset[tuple[str, str]] = frozenset(
     (method, path)
     for method, paths in {
         "GET": """
-            /periodic-threads /periodic-threads/{} /periodic-threads-health /version /lmc_version /commit_id /conf /meta
+            /periodic-threads /periodic-threads/{} /periodic-threads-health /version /lmc_version /commit_id /meta
             /metrics /controller/key-stats /controller/workers /hot_cache/status /bypass/list /chunk_statistics/status
             /cache/kvcache/info /cache/kvcache/check /freeze/status /inference_info /inference_version /lookup/info
             /backends /cache/lookup
