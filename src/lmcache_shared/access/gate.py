@@ -133,7 +133,7 @@ class Gate:
             _CHALLENGE,
         )
 
-    def signs_in(self, request: web.Request, refusal: Refusal) -> web.Response | None:
+    def signs_in(self, request: Asking, refusal: Refusal) -> web.Response | None:
         """A person who opens a page and has to show a token is led to where that is done."""
         is_page = request.method == "GET" and "text/html" in request.headers.get("Accept", "")
         if refusal.status != 401 or not is_page or not self._names.page:

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Sequence
 
 from aiohttp import web
 
+from lmcache_shared.access.asking import Asking, HandlerOf, R
 from lmcache_shared.address import without_brackets
-from lmcache_shared.errors import ConfigError, Handler, Refusal
+from lmcache_shared.errors import ConfigError, Refusal
 
 NOT_PUBLIC = frozenset("local internal localhost svc lan home corp private intranet home.arpa cluster.local".split())
 """Suffixes that nobody gets from a registrar: RFC 6761, 6762 (appendix G), 8375, ICANN's `.internal`, Kubernetes'."""
@@ -62,7 +63,7 @@ class Hosts:
         self._option = option
         self._seen: set[str] = set()
 
-    def check(self, request: web.Request) -> None:
+    def check(self, request: Asking) -> None:
         """Let a request pass that is for this server.
 
         Raises:
@@ -101,7 +102,7 @@ class Hosts:
         return any(".".join(labels[at:]) in self._suffixes for at in range(1, len(labels)))
 
 
-def is_browser(request: web.Request) -> bool:
+def is_browser(request: Asking) -> bool:
     """Whether a browser may have sent it; a page cannot make its browser look otherwise."""
     headers = request.headers
     return headers.get("User-Agent", "").startswith("Mozilla/") or any(name in headers for name in _BROWSERS_FIELDS)
@@ -147,7 +148,7 @@ HOSTS: web.AppKey[Hosts] = web.AppKey("hosts", Hosts)
 
 
 @web.middleware
-async def own_host_only(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def own_host_only(request: R, handler: HandlerOf[R]) -> web.StreamResponse:
     """Refuse what a browser asks of another host.
 
     Raises:
