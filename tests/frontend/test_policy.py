@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -421,7 +422,9 @@ async def test_a_socket_that_is_swapped_for_a_link_is_not_followed(transport: An
         try:
             address = policy([f"{folder}/"]).allowed(AWAY, UnixAddress(f"{folder}/socket"))
             ended: set[int] = set()
-            for _ in range(300):
+            asked, deadline = 0, time.monotonic() + 20
+            while asked < 300 or (not {200, 403} <= ended and time.monotonic() < deadline):
+                asked += 1
                 way: Transport = transport(address)
                 try:
                     answer = await way.request(Outgoing("GET", "/", []))
@@ -435,7 +438,7 @@ async def test_a_socket_that_is_swapped_for_a_link_is_not_followed(transport: An
             stop.set()
             for thread in threads:
                 thread.join()
-        assert {200, 403} <= ended <= {200, 403, 502}
+        assert {200, 403} <= ended <= {200, 403, 502, 504}
         secret.setblocking(False)
         with pytest.raises(BlockingIOError):
             secret.accept()
