@@ -644,13 +644,8 @@ async def test_a_target_that_keeps_failing_is_skipped_for_a_moment(
 # -- upgrades
 
 UPGRADE = (
-<<<<<<< HEAD
     b"GET /proxy2/upstream/ws?a=b HTTP/1.1\r\nHost: localhost\r\n"
     b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n"
-=======
-    b"GET /proxy2/upstream/ws?a=b HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive, Upgrade\r\n"
-    b"Upgrade: websocket\r\n"
->>>>>>> front
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Protocol: p\r\n\r\n"
 )
 SWITCHING = (
