@@ -9,7 +9,7 @@ from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
 from lmcache_frontend.audit import CHANGE
 from lmcache_frontend.proxy import target
 from lmcache_frontend.proxy.headers import refuse_loops
-from lmcache_frontend.proxy.transport import forward
+from lmcache_frontend.proxy.transport import expected, forward
 from lmcache_frontend.proxy.vouching import admitted, introduction
 from lmcache_frontend.telemetry.metrics.own import OWN_METRICS
 from lmcache_shared.access.roles import Role, needs
@@ -17,14 +17,14 @@ from lmcache_shared.access.roles import Role, needs
 router = web.RouteTableDef()
 
 
-@router.route("*", "/proxy/{host}/{target}{path:(/.*)?}")
+@router.route("*", "/proxy/{host}/{target}{path:(/.*)?}", expect_handler=expected)
 @needs(Role.NOBODY)
 async def by_address(request: web.Request) -> web.StreamResponse:
     """To the target that the path names, if it is registered or otherwise allowed."""
     return await _proxied(request, target.by_address(request.raw_path, request.app[REGISTRY]))
 
 
-@router.route("*", "/proxy2/{name}{path:(/.*)?}")
+@router.route("*", "/proxy2/{name}{path:(/.*)?}", expect_handler=expected)
 @needs(Role.NOBODY)
 async def by_name(request: web.Request) -> web.StreamResponse:
     """To the node with this name."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.http import StreamWriter
 
 from lmcache_frontend.proxy import limits
-from lmcache_frontend.proxy.exchange import Answer
+from lmcache_frontend.proxy.exchange import Answer, Fields
 
 _SANDBOX = b"Content-Security-Policy: sandbox\r\nX-Content-Type-Options: nosniff\r\n"
 """A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing."""
@@ -47,9 +49,14 @@ class Written(web.StreamResponse):
 
 
 async def send_back(
-    request: web.Request, answer: Answer, fields: list[tuple[bytes, bytes]], traffic: Traffic
+    request: web.Request,
+    answer: Answer,
+    fields: list[tuple[bytes, bytes]],
+    traffic: Traffic,
+    *,
+    is_last: bool = False,
 ) -> Written:
-    """Send an answer with these fields to the caller, piece by piece.
+    """Send an answer with these fields to the caller, piece by piece; the last one on its connection, if it is to be.
 
     Raises:
         BrokenOff: the answer ends before its end; the caller's connection is to be broken off as well.
@@ -60,7 +67,9 @@ async def send_back(
     is_sized = b"content-length" in names
     is_11 = request.version >= HttpVersion11
     is_chunked = has_body and not is_sized and is_11
-    keep_alive = request.keep_alive and (is_11 or is_sized or not has_body)  # HTTP/1.0 knows no other end of a body
+    keep_alive = (
+        not is_last and request.keep_alive and (is_11 or is_sized or not has_body)
+    )  # HTTP/1.0 knows no other end of a body
     piece, is_end = answer.take()
     head = _head(answer, fields, names, has_body and not (is_end and not piece and is_sized))
     if is_chunked:
@@ -94,6 +103,28 @@ async def send_back(
         piece, is_end = answer.take()
 
 
+def without_length(fields: Fields) -> list[tuple[bytes, bytes]]:
+    """For answers that have none (RFC 9110, section 8.6): a caller may wait for what it promises."""
+    return [field for field in fields if field[0].lower() != b"content-length"]
+
+
+def send_interim(request: web.Request, status: int, reason: bytes, fields: Fields) -> None:
+    """Send an answer before the answer, which may be `100 Continue`."""
+    if request.transport is not None:
+        lines = b"".join([b"%b: %b\r\n" % field for field in fields])
+        request.transport.write(b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, reason, lines))
+
+
+def break_off(request: web.Request) -> None:
+    """Reset the caller's connection: for HTTP/1.0 its plain end would be the end of the body."""
+    transport = request.transport
+    if transport is None:
+        return
+    with contextlib.suppress(OSError):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
 def _framing(size: int, is_end: bool) -> tuple[bytes, bytes]:
     """What stands before and behind a piece of a chunked body (RFC 9112, section 7.1)."""
     last = b"0\r\n\r\n" if is_end else b""
@@ -101,6 +132,8 @@ def _framing(size: int, is_end: bool) -> tuple[bytes, bytes]:
 
 
 def _head(answer: Answer, fields: list[tuple[bytes, bytes]], names: set[bytes], has_body: bool) -> list[bytes]:
+    if answer.status == 204:
+        fields = without_length(fields)
     head = [b"HTTP/1.1 %d %b\r\n" % (answer.status, answer.reason), *[b"%b: %b\r\n" % field for field in fields]]
     if b"date" not in names:
         head.append(f"Date: {formatdate(time.time(), usegmt=True)}\r\n".encode())  # RFC 9110, section 6.6.1
@@ -119,7 +152,7 @@ def cut_off_late_reader(request: web.Request) -> Iterator[None]:
     if request.transport is None:
         yield
         return
-    timer = asyncio.get_running_loop().call_later(limits.IDLE_SECONDS, request.transport.abort)
+    timer = asyncio.get_running_loop().call_later(limits.IDLE_SECONDS, break_off, request)
     try:
         yield
     finally:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from lmcache_frontend.proxy import limits
-from lmcache_frontend.proxy.answering import Traffic, Written, send_back
-from lmcache_frontend.proxy.exchange import Outgoing, Transport
+from lmcache_frontend.proxy.answering import Traffic, Written, break_off, send_back, send_interim, without_length
+from lmcache_frontend.proxy.exchange import Fields, Outgoing, Transport, no_answer
 from lmcache_frontend.proxy.headers import Introduction, answer_fields, request_fields
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.target import ProxiedPath
-from lmcache_frontend.proxy.tunnel import FIELDS, asks_for_upgrade, pass_on
+from lmcache_frontend.proxy.tunnel import FIELDS, asks_for_upgrade, is_switched, pass_on
 from lmcache_shared.address import Address
 from lmcache_shared.errors import Refusal
 
 logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.25
+"""So often somebody looks whether the framing of a request's body broke."""
 
 MAX_UNREGISTERED_TARGETS = 64
 """Transports kept for targets that are no registered nodes; the one unused for longest goes first."""
@@ -85,26 +89,52 @@ async def forward(
     if "Upgrade" in request.headers and asks_for_upgrade(request):
         outgoing.upgrade = True
         outgoing.fields.extend(FIELDS)
+    if request.version >= HttpVersion11:
+        outgoing.interim = functools.partial(_interim, request, wanted, body)
+        outgoing.is_held_back = body is not None and "Expect" in request.headers
     answer = await target.request(outgoing)
+    if answer.status == 101 and not is_switched(answer.fields):
+        answer.release()
+        raise no_answer("it switches to a protocol that nobody asked for")
     try:
         fields = answer_fields(answer.fields, wanted)
         if answer.status == 101:
             return await pass_on(request, answer, fields, traffic)
-        return await send_back(request, answer, fields, traffic)
+        is_last = outgoing.is_held_back and body is not None and not body.is_wanted
+        return await send_back(request, answer, fields, traffic, is_last=is_last)
     except (ConnectionError, Refusal) as error:  # also of the request's body: the answer has begun
         traffic.broke_off = True
         logger.info("%s %s broke off: %s", request.method, request.path, error or type(error).__name__)
-        if request.transport is not None:
-            request.transport.abort()
+        break_off(request)
         return Written(answer.status, keep_alive=False, length=traffic.received)
     finally:
         answer.release()
 
 
+async def expected(request: web.Request) -> None:
+    """aiohttp's server asks this before a handler: nothing is said to `Expect: 100-continue` until the target does."""
+    if request.headers["Expect"].lower() != "100-continue":
+        raise web.HTTPExpectationFailed(text="Expect: there is no expectation but 100-continue")
+
+
+def _interim(
+    request: web.Request, wanted: ProxiedPath, body: CallersBody | None, status: int, reason: bytes, fields: Fields
+) -> None:
+    if status == 100 and body is not None:
+        body.is_wanted = True
+    send_interim(request, status, reason, without_length(answer_fields(fields, wanted)))
+
+
 class CallersBody:
-    """A request's body as it comes; a caller that stops sending does not hold a connection to the target."""
+    """A request's body as it comes; a caller that stops sending does not hold a connection to the target.
+
+    Attributes:
+        is_wanted: whether a caller that holds it back has been told to go on, or has not waited for that.
+    """
 
     def __init__(self, request: web.Request, traffic: Traffic) -> None:
+        self.is_wanted = False
+        self._request = request
         self.is_chunked = "Content-Length" not in request.headers
         self._content = request.content
         self._traffic = traffic
@@ -112,16 +142,29 @@ class CallersBody:
     def whole(self) -> bytes | None:
         if not self._content.is_eof() or self._content.exception() is not None:
             return None
+        self.is_wanted = True
         data = self._content.read_nowait(-1)
         self._traffic.sent += len(data)
         return data
 
     async def read(self) -> bytes:
+        waited = 0.0
         try:
-            piece = await asyncio.wait_for(self._content.readany(), limits.IDLE_SECONDS)
-        except asyncio.TimeoutError:
-            raise Refusal(408, "the request's body stopped coming") from None
+            while True:
+                try:
+                    piece = await asyncio.wait_for(self._content.readany(), min(_LOOK_SECONDS, limits.IDLE_SECONDS))
+                    break
+                except asyncio.TimeoutError:
+                    waited += _LOOK_SECONDS
+                    if self._is_broken():
+                        raise Refusal(400, "the request's body is broken: its framing") from None
+                    if waited >= limits.IDLE_SECONDS:
+                        raise Refusal(408, "the request's body stopped coming") from None
         except (web.RequestPayloadError, ValueError) as error:
             raise Refusal(400, f"the request's body is broken: {error}"[: limits.MAX_REASON_LENGTH]) from None
         self._traffic.sent += len(piece)
         return piece
+
+    def _is_broken(self) -> bool:
+        """aiohttp (3.14) tells nobody that a chunk was none: it puts an error in line behind the request."""
+        return bool(getattr(self._request.protocol, "_messages", None)) and not self._content.is_eof()
