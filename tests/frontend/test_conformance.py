@@ -1,20 +1,45 @@
 """What HTTP/1.1 asks of a proxy, with a bare socket on both sides, over both transports.
 
-`test_proxy.py` asks the same of the native one with a client's help; what it shows is not shown again.
+`test_proxy.py` asks the same of the native one with a client's help; what it shows is not shown again. Which test shows
+what, in the order in which they come:
+
+| claim | tests that begin with |
+| --- | --- |
+| any method, path and query byte for byte | `method_path` |
+| bodies sized and chunked, of any size, both ways; trailers dropped | `a_sized_`, `a_chunked_` |
+| bodies are streams, held back both ways | `who_does_not_read`, `a_slow_end_of_a_tunnel` |
+| repeated and odd fields; compressed bodies | `repeated_`, `a_compressed_` |
+| hop-by-hop; `Via`, `X-Forwarded-*`; `Location`, cookies | `hop_by_hop_`, `who_asked_`, `a_location_`, `a_cookies_` |
+| ambiguous framing is 400, also behind the head | `ambiguous_`, `broken_framing_` |
+| HEAD, 204, 304, an end that is the connection's | `head_has`, `answers_without`, `an_answer_that_ends` |
+| 1xx | `interim_`, `slow_interim_` |
+| `Expect: 100-continue` | `a_body_is_`, `a_body_that_the_target_refuses`, `a_target_that_knows_no_expect` |
+| events and long polls without delay | `events_`, `a_late_answer` |
+| who leaves ends it at once, in every phase | `a_caller_that_leaves`, `callers_that_leave_the_line`, `who_leaves_while` |
+| a cut body is no clean end | `an_upstream_that_dies`, `a_cut_body` |
+| stale connections | `a_stale_`, `what_may_not`, `a_connection_closed` |
+| an answer before the end of the body | `an_answer_before`, `a_refusal_of`, `a_body_that_breaks` |
+| times: connect, first byte, idle, upgrade idle | `no_connection_`, `no_first_`, `an_answer_that_stops`, `an_idle_` |
+| bounds: heads, connections, waiters; overload | `a_head_without_end`, `overload_`, `connections_in_all` |
+| a target that keeps failing; half-open | `a_target_that_keeps_failing`, `one_alone_tries` |
+| websocket and other upgrades | `an_upgraded_`, `the_targets_end`, `an_upgrade_may`, `another_`, `a_tunnel_ends` |
+| a target that splits or repeats answers | `an_answer_that_could`, `what_follows`, `a_body_that_comes_after` |
 """
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 
 from lmcache_api.pytest_plugin import free_port
+from lmcache_frontend.app import TARGETS
 from lmcache_frontend.proxy import limits, transport
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.plain import PlainTransport
-from lmcache_frontend.pytest_plugin import StartFrontend
+from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from lmcache_frontend.telemetry.health.board import HealthBoard
 from lmcache_shared.address import Address
 from tests.frontend.upstream import Talk, Upstream, raw, serving
@@ -1169,3 +1194,131 @@ async def test_a_refusal_of_a_target_that_hangs_up_arrives_while_the_body_is_sen
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
         assert head.startswith((b"HTTP/1.1 413 ", b"HTTP/1.1 502 "))
         writer.transport.abort()
+
+
+# -- held back
+
+
+async def taken(writer: Writer, pieces: int) -> int:
+    """How many MiB an end that nobody reads takes, until it takes none for a while."""
+    for number in range(pieces):
+        writer.write(b"x" * (1 << 20))
+        try:
+            await asyncio.wait_for(writer.drain(), 0.5)
+        except asyncio.TimeoutError:
+            return number
+    return pieces
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 67108864\r\n", b""])
+async def test_who_does_not_read_an_answer_holds_the_target_back(between: Between, framing: bytes) -> None:
+    found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def talk(reader: Reader, writer: Writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n")
+        found.set_result(await taken(writer, 64))
+
+    between.upstream.talk = talk
+    _, writer = await between.connect()
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    writer.write(b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert await asyncio.wait_for(found, 20) < 32, "the kernel's buffers, and little here"
+    writer.transport.abort()
+
+
+async def test_who_does_not_read_a_body_holds_the_caller_back(between: Between) -> None:
+    async def talk(reader: Reader, writer: Writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(30)
+
+    between.upstream.talk = talk
+    _, writer = await between.connect()
+    writer.write(b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 67108864\r\n\r\n")
+    assert await asyncio.wait_for(taken(writer, 64), 20) < 32
+    writer.transport.abort()
+
+
+async def test_a_late_answer_comes_when_it_is_given(between: Between) -> None:
+    given = asyncio.Event()
+
+    async def talk(reader: Reader, writer: Writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await given.wait()
+        writer.write(OK)
+
+    between.upstream.talk = talk
+    asking = asyncio.ensure_future(between.ask("GET /proxy2/upstream/"))
+    await asyncio.sleep(0.3)
+    assert not asking.done()
+    given.set()
+    assert (await asyncio.wait_for(asking, 5))[1] == b"ok"
+
+
+# -- a target that takes no connection
+
+
+@pytest.fixture
+async def full(frontend_server: StartFrontend) -> AsyncIterator[RunningFrontend]:
+    """A frontend before a port where nobody accepts, and whose line is full."""
+    with socket.socket() as sock, contextlib.ExitStack() as stack:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(0)
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(sock.getsockname())
+        yield await frontend_server(nodes=[{"name": "full", "host": "127.0.0.1", "port": sock.getsockname()[1]}])
+
+
+async def test_no_connection_in_time_is_504(full: RunningFrontend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CONNECT_SECONDS", 0.2)
+    async with full.client.get("/proxy2/full/") as response:
+        assert response.status == 504
+
+
+async def test_who_leaves_while_a_connection_is_made_ends_that(full: RunningFrontend) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", full.server.address.port)
+    writer.write(b"GET /proxy2/full/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    targets = full.server._runner.app[TARGETS]
+
+    async def until(in_use: bool) -> None:
+        while [target.in_use for target in targets._targets.values()] != [in_use]:
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(until(True), 2)
+    writer.transport.abort()
+    await asyncio.wait_for(until(False), 2)
+
+
+@native_only  # aiohttp's client makes connections of its own accord
+async def test_one_alone_tries_a_target_that_failed_however_long_it_takes(
+    full: RunningFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(limits, "SKIP_SECONDS", 0.1)
+
+    async def ask() -> int:
+        async with full.client.get("/proxy2/full/") as response:
+            return response.status
+
+    assert [await ask() for _ in range(limits.FAILURES)] == [504] * limits.FAILURES
+    await asyncio.sleep(0.15)
+    monkeypatch.setattr(limits, "CONNECT_SECONDS", 1.0)
+    trying = asyncio.ensure_future(ask())
+    await asyncio.sleep(0.3)
+    assert [await ask() for _ in range(3)] == [503] * 3
+    assert await trying == 504
+
+
+@native_only  # aiohttp's client knows no bound over all
+async def test_connections_in_all_are_bounded(between: Between, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CONNECTIONS", 1)
+    between.upstream.talk = answering(b"", pause=5)
+    _, writer = await between.connect()
+    writer.write(b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await asyncio.sleep(0.2)
+    head, _ = await asyncio.wait_for(between.ask("GET /proxy2/upstream/"), 2)
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert fields_of(head, "Retry-After") == [b"1"]
+    writer.close()

@@ -120,8 +120,10 @@ def break_off(request: web.Request) -> None:
     transport = request.transport
     if transport is None:
         return
-    with contextlib.suppress(OSError):
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock = transport.get_extra_info("socket")
+    if sock is not None:  # uvloop tells none of one that is closed
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
 
 

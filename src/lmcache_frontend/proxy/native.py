@@ -82,7 +82,11 @@ class NativeTransport:
         if whole is not None:
             head, body = head + _framed(whole, outgoing), None
         may_retry = body is None and outgoing.method in _IDEMPOTENT
-        connection = self._reused() or await self._new()
+        if not may_retry and self._idle:
+            # The target may hang up on a kept one in this very moment, and nobody would know whether it has acted:
+            # what cannot be sent again goes over a new one, in the place of that.
+            self._idle.pop().abort()
+        connection = (self._reused() if may_retry else None) or await self._new()
         while True:
             is_reused = connection.is_reused
             try:
@@ -91,7 +95,7 @@ class NativeTransport:
             except _Stale as stale:
                 connection.release()
                 if stale.is_unsent:
-                    connection = self._reused() or await self._new()
+                    connection = (self._reused() if may_retry else None) or await self._new()
                     continue
                 if not (is_reused and may_retry):
                     raise no_answer("it hangs up without an answer") from None

@@ -28,6 +28,9 @@ _LOOK_SECONDS = 0.25
 MAX_UNREGISTERED_TARGETS = 64
 """Transports kept for targets that are no registered nodes; the one unused for longest goes first."""
 
+_TURNS = 10
+"""Of the event loop, so many are enough for a cancelled reader to be gone."""
+
 
 class Targets:
     """The transports of all targets. A registered node's lives as long as it is registered.
@@ -92,6 +95,16 @@ async def forward(
     if request.version >= HttpVersion11:
         outgoing.interim = functools.partial(_interim, request, wanted, body)
         outgoing.is_held_back = body is not None and "Expect" in request.headers
+    try:
+        return await _exchanged(request, target, outgoing, wanted, traffic)
+    finally:
+        if body is not None:
+            await body.left_alone()
+
+
+async def _exchanged(
+    request: web.Request, target: Transport, outgoing: Outgoing, wanted: ProxiedPath, traffic: Traffic
+) -> web.StreamResponse:
     answer = await target.request(outgoing)
     if answer.status == 101 and not is_switched(answer.fields):
         answer.release()
@@ -100,7 +113,7 @@ async def forward(
         fields = answer_fields(answer.fields, wanted)
         if answer.status == 101:
             return await pass_on(request, answer, fields, traffic)
-        is_last = outgoing.is_held_back and body is not None and not body.is_wanted
+        is_last = outgoing.is_held_back and isinstance(outgoing.body, CallersBody) and not outgoing.body.is_wanted
         return await send_back(request, answer, fields, traffic, is_last=is_last)
     except (ConnectionError, Refusal) as error:  # also of the request's body: the answer has begun
         traffic.broke_off = True
@@ -134,6 +147,7 @@ class CallersBody:
 
     def __init__(self, request: web.Request, traffic: Traffic) -> None:
         self.is_wanted = False
+        self._is_read = False
         self._request = request
         self.is_chunked = "Content-Length" not in request.headers
         self._content = request.content
@@ -147,8 +161,16 @@ class CallersBody:
         self._traffic.sent += len(data)
         return data
 
+    async def left_alone(self) -> None:
+        """Until nobody reads it, for the server may want to; who read it has been cancelled."""
+        for _ in range(_TURNS):
+            if not self._is_read:
+                return
+            await asyncio.sleep(0)
+
     async def read(self) -> bytes:
         waited = 0.0
+        self._is_read = True
         try:
             while True:
                 try:
@@ -162,6 +184,8 @@ class CallersBody:
                         raise Refusal(408, "the request's body stopped coming") from None
         except (web.RequestPayloadError, ValueError) as error:
             raise Refusal(400, f"the request's body is broken: {error}"[: limits.MAX_REASON_LENGTH]) from None
+        finally:
+            self._is_read = False
         self._traffic.sent += len(piece)
         return piece
 
