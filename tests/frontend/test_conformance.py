@@ -15,7 +15,7 @@ what, in the order in which they come:
 | 1xx | `interim_`, `slow_interim_` |
 | `Expect: 100-continue` | `a_body_is_`, `a_body_that_the_target_refuses`, `a_target_that_knows_no_expect` |
 | events and long polls without delay | `events_`, `a_late_answer` |
-| who leaves ends it at once, in every phase | `a_caller_that_leaves`, `callers_that_leave_the_line`, `who_leaves_while` |
+| who leaves ends it at once, in every phase | `a_caller_that_leaves`, `callers_that_leave_`, `who_leaves_` |
 | a cut body is no clean end | `an_upstream_that_dies`, `a_cut_body` |
 | stale connections | `a_stale_`, `what_may_not`, `a_connection_closed` |
 | an answer before the end of the body | `an_answer_before`, `a_refusal_of`, `a_body_that_breaks` |
