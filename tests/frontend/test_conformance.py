@@ -15,7 +15,7 @@ what, in the order in which they come:
 | 1xx | `interim_`, `slow_interim_` |
 | `Expect: 100-continue` | `a_body_is_`, `a_body_that_the_target_refuses`, `a_target_that_knows_no_expect` |
 | events and long polls without delay | `events_`, `a_late_answer` |
-| who leaves ends it at once, in every phase | `a_caller_that_leaves`, `callers_that_leave_`, `who_leaves_` |
+| who leaves, in every phase | `a_caller_that_leaves`, `callers_that_leave_`, `who_leaves_`, `who_breaks_` |
 | a cut body is no clean end | `an_upstream_that_dies`, `a_cut_body` |
 | stale connections | `a_stale_`, `what_may_not`, `a_connection_closed` |
 | an answer before the end of the body | `an_answer_before`, `a_refusal_of`, `a_body_that_breaks` |
@@ -29,6 +29,7 @@ what, in the order in which they come:
 import asyncio
 import contextlib
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -73,9 +74,10 @@ native_only = pytest.mark.parametrize("kind", ["native"], indirect=True)
 class Between:
     """A frontend before one bare upstream."""
 
-    def __init__(self, upstream: Upstream, port: int) -> None:
+    def __init__(self, upstream: Upstream, frontend: RunningFrontend) -> None:
         self.upstream = upstream
-        self.port = port
+        self.frontend = frontend
+        self.port = frontend.server.address.port
 
     async def ask(self, start: str, *fields: str, body: bytes = b"", version: str = "1.1") -> tuple[bytes, bytes]:
         """The head and the rest of all that comes back on a connection of its own, until it is closed."""
@@ -92,7 +94,7 @@ class Between:
 async def between(frontend_server: StartFrontend) -> AsyncIterator[Between]:
     async with serving(Upstream(OK)) as upstream:
         frontend = await frontend_server(nodes=[upstream.node])
-        yield Between(upstream, frontend.server.address.port)
+        yield Between(upstream, frontend)
 
 
 def fields_of(head: bytes, name: str) -> list[bytes]:
@@ -1106,7 +1108,7 @@ async def left_at_once(between: Between, gone: asyncio.Event, request: bytes, wa
         await asyncio.sleep(0.2)
     assert not gone.is_set()
     writer.transport.abort()
-    await asyncio.wait_for(gone.wait(), 2)
+    await asyncio.wait_for(gone.wait(), 10)
 
 
 @pytest.mark.parametrize(
@@ -1239,6 +1241,24 @@ async def test_who_does_not_read_a_body_holds_the_caller_back(between: Between) 
     writer.transport.abort()
 
 
+async def test_who_breaks_off_while_held_back_ends_the_request_at_once(between: Between) -> None:
+    """Nobody reads the caller then. (A plain end waits behind its bytes, in the caller's kernel.)"""
+
+    async def talk(reader: Reader, writer: Writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(30)
+
+    between.upstream.talk = talk
+    _, writer = await between.connect()
+    writer.write(b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 67108864\r\n\r\n")
+    assert await asyncio.wait_for(taken(writer, 64), 20) < 32
+    await until(between.frontend, in_use=True)
+    linger = struct.pack("ii", 1, 0)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.transport.abort()
+    await until(between.frontend, in_use=False)
+
+
 async def test_a_late_answer_comes_when_it_is_given(between: Between) -> None:
     given = asyncio.Event()
 
@@ -1253,6 +1273,17 @@ async def test_a_late_answer_comes_when_it_is_given(between: Between) -> None:
     assert not asking.done()
     given.set()
     assert (await asyncio.wait_for(asking, 5))[1] == b"ok"
+
+
+async def until(frontend: RunningFrontend, *, in_use: bool) -> None:
+    """Until the frontend has something on its way to its target, or nothing any more."""
+
+    async def look() -> None:
+        targets = frontend.server._runner.app[TARGETS]
+        while [target.in_use for target in targets._targets.values()] != [in_use]:
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(look(), 10)
 
 
 # -- a target that takes no connection
@@ -1280,15 +1311,9 @@ async def test_no_connection_in_time_is_504(full: RunningFrontend, monkeypatch: 
 async def test_who_leaves_while_a_connection_is_made_ends_that(full: RunningFrontend) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", full.server.address.port)
     writer.write(b"GET /proxy2/full/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    targets = full.server._runner.app[TARGETS]
-
-    async def until(in_use: bool) -> None:
-        while [target.in_use for target in targets._targets.values()] != [in_use]:
-            await asyncio.sleep(0.01)
-
-    await asyncio.wait_for(until(True), 2)
+    await until(full, in_use=True)
     writer.transport.abort()
-    await asyncio.wait_for(until(False), 2)
+    await until(full, in_use=False)
 
 
 @native_only  # aiohttp's client makes connections of its own accord

@@ -14,6 +14,7 @@ from lmcache_frontend.proxy import limits
 from lmcache_frontend.proxy.answering import Traffic, Written, break_off, send_back, send_interim, without_length
 from lmcache_frontend.proxy.exchange import Fields, Outgoing, Transport, no_answer
 from lmcache_frontend.proxy.headers import Introduction, answer_fields, request_fields
+from lmcache_frontend.proxy.leaving import Leaving
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.target import ProxiedPath
 from lmcache_frontend.proxy.tunnel import FIELDS, asks_for_upgrade, is_switched, pass_on
@@ -148,6 +149,7 @@ class CallersBody:
     def __init__(self, request: web.Request, traffic: Traffic) -> None:
         self.is_wanted = False
         self._is_read = False
+        self._leaving: Leaving | None = None
         self._request = request
         self.is_chunked = "Content-Length" not in request.headers
         self._content = request.content
@@ -163,12 +165,16 @@ class CallersBody:
 
     async def left_alone(self) -> None:
         """Until nobody reads it, for the server may want to; who read it has been cancelled."""
+        if self._leaving is not None:
+            self._leaving.close()
         for _ in range(_TURNS):
             if not self._is_read:
                 return
             await asyncio.sleep(0)
 
     async def read(self) -> bytes:
+        if self._leaving is None and self._request.transport is not None:
+            self._leaving = Leaving(self._request.transport)
         waited = 0.0
         self._is_read = True
         try:

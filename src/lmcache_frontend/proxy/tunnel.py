@@ -15,6 +15,7 @@ from aiohttp.http import StreamWriter
 from lmcache_frontend.proxy import limits
 from lmcache_frontend.proxy.answering import Traffic, Written, cut_off_late_reader
 from lmcache_frontend.proxy.exchange import BrokenOff, Fields, Tunnel
+from lmcache_frontend.proxy.leaving import Leaving
 
 FIELDS = ((b"Connection", b"Upgrade"), (b"Upgrade", b"websocket"))
 """What an upgrade needs of the fields that stop at each connection."""
@@ -97,6 +98,7 @@ class _Caller:
 
     async def _hold(self) -> None:
         """The caller is not read until the target has taken what came."""
+        leaving = Leaving(self._transport) if self._transport is not None else None
         try:
             await asyncio.wait_for(self._tunnel.drained(), limits.IDLE_SECONDS)
         except ConnectionError:
@@ -105,6 +107,9 @@ class _Caller:
             if self._transport is not None:
                 self._transport.abort()
             return
+        finally:
+            if leaving is not None:
+                leaving.close()
         self._holding = None
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
