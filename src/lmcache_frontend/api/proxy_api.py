@@ -7,7 +7,8 @@ over: bodies, upgrades, and all that a browser asks on a connection on which it 
 from aiohttp import web
 
 from lmcache_frontend.proxy import passing
+from lmcache_frontend.proxy.transport import expected
 
 router = web.RouteTableDef()
-router.route("*", "/proxy/{host}/{target}{path:(/.*)?}")(passing.by_address)
-router.route("*", "/proxy2/{name}{path:(/.*)?}")(passing.by_name)
+router.route("*", "/proxy/{host}/{target}{path:(/.*)?}", expect_handler=expected)(passing.by_address)
+router.route("*", "/proxy2/{name}{path:(/.*)?}", expect_handler=expected)(passing.by_name)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,16 +86,20 @@ class Known:
         self._until = time.monotonic() + KNOWN_SECONDS
 
 
-def opening_of(request: Proxying, answer: Answer, fields: list[tuple[bytes, bytes]]) -> Opening:
-    """How an answer with these fields begins."""
+def opening_of(
+    request: Proxying, answer: Answer, fields: list[tuple[bytes, bytes]], *, is_last: bool = False
+) -> Opening:
+    """How an answer with these fields begins; the last one on its connection, if it is to be."""
+    if answer.status == 204:
+        fields = without_length(fields)
     names = {name.lower(): value for name, value in fields}
     has_body = request.method != "HEAD" and answer.status not in (204, 304)
     length = names.get(b"content-length")
     is_11 = request.version >= HttpVersion11
     is_chunked = has_body and length is None and is_11
-    keep_alive = request.keep_alive and (
-        is_11 or length is not None or not has_body
-    )  # HTTP/1.0: no other end of a body
+    keep_alive = (
+        not is_last and request.keep_alive and (is_11 or length is not None or not has_body)
+    )  # HTTP/1.0 knows no other end of a body
     head = [b"HTTP/1.1 %d %b\r\n" % (answer.status, answer.reason), *[b"%b: %b\r\n" % field for field in fields]]
     if b"date" not in names:
         head.append(f"Date: {formatdate(time.time(), usegmt=True)}\r\n".encode())  # RFC 9110, section 6.6.1
@@ -160,6 +166,30 @@ def in_one_piece(request: Proxying, response: web.Response) -> bytes:
     return head if request.method == "HEAD" else head + body
 
 
+def without_length(fields: Fields) -> list[tuple[bytes, bytes]]:
+    """For answers that have none (RFC 9110, section 8.6): a caller may wait for what it promises."""
+    return [field for field in fields if field[0].lower() != b"content-length"]
+
+
+def send_interim(request: Proxying, status: int, reason: bytes, fields: Fields) -> None:
+    """Send an answer before the answer, which may be `100 Continue`."""
+    if request.transport is not None:
+        lines = b"".join([b"%b: %b\r\n" % field for field in fields])
+        request.transport.write(b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, reason, lines))
+
+
+def break_off(request: Proxying) -> None:
+    """Reset the caller's connection: for HTTP/1.0 its plain end would be the end of the body."""
+    transport = request.transport
+    if transport is None:
+        return
+    sock = transport.get_extra_info("socket")
+    if sock is not None:  # uvloop tells none of one that is closed
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
+
+
 def _framing(size: int, is_end: bool) -> tuple[bytes, bytes]:
     """What stands before and behind a piece of a chunked body (RFC 9112, section 7.1)."""
     last = b"0\r\n\r\n" if is_end else b""
@@ -175,7 +205,7 @@ def cut_off_late_reader(request: Proxying) -> Iterator[None]:
     if request.transport is None:
         yield
         return
-    timer = asyncio.get_running_loop().call_later(limits.IDLE_SECONDS, request.transport.abort)
+    timer = asyncio.get_running_loop().call_later(limits.IDLE_SECONDS, break_off, request)
     try:
         yield
     finally:

@@ -34,7 +34,7 @@ class Breaker:
             headers = {"Retry-After": str(limits.RETRY_SECONDS)}
             text = f"{self._address} is skipped for a moment after {self._failures} failures: {self._problem}"
             raise Refusal(503, text, headers)
-        self._tries_at = now + limits.SKIP_SECONDS  # this one tries
+        self._tries_at = now + limits.CONNECT_SECONDS + limits.SKIP_SECONDS  # this one tries, and says how it went
 
     def failed(self, refusal: Refusal) -> Refusal:
         self._failures += 1
@@ -44,3 +44,7 @@ class Breaker:
 
     def connected(self) -> None:
         self._failures = 0
+
+    def gave_up(self) -> None:
+        """Who tried has gone before it was known; the next one may."""
+        self._tries_at = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,10 @@ from lmcache_shared.errors import Refusal
 
 Fields = Sequence[tuple[bytes, bytes]]
 """Header fields as they came, in their order, repeated ones repeated."""
+
+
+Interim = Callable[[int, bytes, Fields], None]
+"""Takes an interim answer (1xx, RFC 9110, section 15.2): its status, reason and fields."""
 
 
 class Proxying(Asking, Protocol):
@@ -67,6 +71,10 @@ class Outgoing:
     """Whether the connection may become a tunnel, to which `fields` ask it."""
     head: bytes = b""
     """As a transport has written it; one without a body may be sent again."""
+    interim: Interim | None = None
+    """Is told of the answers before the answer; nobody, where the caller could not read them."""
+    is_held_back: bool = False
+    """Whether the caller waits with the body until `interim` has told it 100 (`Expect: 100-continue`)."""
 
 
 class Answer(Protocol):

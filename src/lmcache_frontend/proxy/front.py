@@ -319,7 +319,7 @@ class _Connection(asyncio.Protocol):
         if self.transport is None:
             return
         if not keep_alive or self._front.is_stopping:
-            self.transport.close()
+            self._close(self.transport)
             return
         if self._reading_paused:
             self._reading_paused = False
@@ -366,4 +366,10 @@ class _Connection(asyncio.Protocol):
         if self._loop.time() < self._deadline:
             self._timer = self._loop.call_at(self._deadline, self._look_at_deadline)
         elif self.transport is not None:
-            self.transport.close()
+            self._close(self.transport)
+
+    def _close(self, transport: asyncio.Transport) -> None:
+        """Close when all has gone out; a caller that does not take the rest is cut off."""
+        transport.close()
+        if transport.get_write_buffer_size():
+            self._loop.call_later(limits.IDLE_SECONDS, transport.abort)

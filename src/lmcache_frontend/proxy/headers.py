@@ -47,7 +47,7 @@ _OF_A_REQUEST = HOP_BY_HOP | {
     b"x-forwarded-proto",
     b"x-forwarded-prefix",
 }
-"""And those that this server has acted on: the target has a host of its own, `100 Continue` went out, and whether
+"""And those that this server has acted on: the target has a host of its own, a transport says `Expect`, and whether
 another site's page asks has been looked at (`Origin` names this host, which is none to the target). `Via` and
 `X-Forwarded-*` are continued.
 """

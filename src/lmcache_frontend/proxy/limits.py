@@ -11,6 +11,9 @@ HEAD_SECONDS = 10.0
 FIRST_BYTE_SECONDS = 60.0
 """From the request, or the last piece of its body, to the answer's head: LMCache's frontend waits so long for all."""
 
+CONTINUE_SECONDS = 1.0
+"""A target that says nothing to `Expect: 100-continue` for so long does not know it: it gets the body."""
+
 IDLE_SECONDS = 60.0
 """Between two pieces of an answer, or of a request's body."""
 
@@ -38,9 +41,12 @@ KEEPALIVE_SECONDS = 4.0
 """An idle connection is dropped before its server does so: uvicorn, under LMCache's own servers, waits 5 seconds."""
 
 MAX_HEAD_BYTES = 64 << 10
-"""Of an answer's head, and of what stands between two pieces of a chunked body."""
+"""Of an answer's head with the interim answers before it, and of what stands between two pieces of a chunked body."""
 
 BUFFERED_BYTES = 256 << 10
 """Of an answer, so much waits here for its caller before the target is held back."""
+
+BUFFERED_PIECES = 4096
+"""Or so many pieces: small ones take more memory than their bytes."""
 
 MAX_REASON_LENGTH = 300

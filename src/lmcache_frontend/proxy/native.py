@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import select
 from collections import deque
 from collections.abc import Callable
 from typing import cast
@@ -22,6 +23,7 @@ from lmcache_frontend.proxy.exchange import (
     Body,
     BrokenOff,
     Fields,
+    Interim,
     Outgoing,
     Tunnel,
     no_answer,
@@ -34,6 +36,8 @@ from lmcache_shared.errors import Refusal
 
 _IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
 """Methods that may be sent again when nobody knows whether they arrived (RFC 9110, section 9.2.2)."""
+
+_PRINTABLE = bytes(byte if 32 <= byte != 127 or byte == 9 else ord("?") for byte in range(256))
 
 _WITHOUT_BODY = frozenset({204, 304})
 
@@ -77,18 +81,26 @@ class NativeTransport:
     async def request(self, outgoing: Outgoing) -> Tunnel:
         body = outgoing.body
         whole = body.whole() if body is not None else None
-        head = outgoing.head = outgoing.head or self._head(outgoing)
+        is_held_back = outgoing.is_held_back and whole is None
+        head = outgoing.head = outgoing.head or self._head(outgoing, is_held_back)
         if whole is not None:
             head, body = head + _framed(whole, outgoing), None
         may_retry = body is None and outgoing.method in _IDEMPOTENT
-        connection = self._reused() or await self._new()
+        if not may_retry and self._idle:
+            # The target may hang up on a kept one in this very moment, and nobody would know whether it has acted:
+            # what cannot be sent again goes over a new one, in the place of that.
+            self._idle.pop().abort()
+        connection = (self._reused() if may_retry else None) or await self._new()
         while True:
             is_reused = connection.is_reused
             try:
                 await connection.ask(head, outgoing, body)
                 return connection
-            except _Stale:
+            except _Stale as stale:
                 connection.release()
+                if stale.is_unsent:
+                    connection = (self._reused() if may_retry else None) or await self._new()
+                    continue
                 if not (is_reused and may_retry):
                     raise no_answer("it hangs up without an answer") from None
                 may_retry = False
@@ -111,10 +123,12 @@ class NativeTransport:
     def in_use(self) -> bool:
         return bool(self._busy or self._connecting or self._waiting)
 
-    def _head(self, outgoing: Outgoing) -> bytes:
+    def _head(self, outgoing: Outgoing, is_held_back: bool) -> bytes:
         lines = [b"%s: %s\r\n" % field for field in outgoing.fields]
         if outgoing.body is not None and outgoing.body.is_chunked:
             lines.append(b"Transfer-Encoding: chunked\r\n")
+        if is_held_back:
+            lines.append(b"Expect: 100-continue\r\n")
         start = f"{outgoing.method} {outgoing.path}".encode("ascii")
         return b"".join([start, self._after_path, *lines, b"\r\n"])
 
@@ -133,38 +147,50 @@ class NativeTransport:
 
     async def _new(self) -> _Connection:
         """A new connection, or one that another request has done with while this one stood in line."""
-        if len(self._busy) + self._connecting >= limits.CONNECTIONS_PER_TARGET:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + limits.CONNECT_SECONDS
+        if self._waiting or len(self._busy) + self._connecting >= limits.CONNECTIONS_PER_TARGET:
             given = await self._stand_in_line()
             if given is not None:
                 return given
+        else:
+            self._connecting += 1
+        connection = None
+        try:
+            connection = await self._connected(until - loop.time())
+        finally:
+            self._connecting -= 1
+            if connection is None:
+                self._give_way()
+        self._busy.add(connection)
+        connection.counts = True
+        return connection
+
+    async def _connected(self, seconds: float) -> _Connection:
         if self._room.taken >= limits.CONNECTIONS:
             raise overloaded(self.address)
         if self._closed:
             raise not_reached(self.address)
         self._breaker.check()
-        self._connecting += 1
         self._room.taken += 1
         connection = None
         try:
-            connection = await connect(
-                self.address, lambda: _Connection(self.address, self._left, self._said), limits.CONNECT_SECONDS
-            )
+            connection = await connect(self.address, lambda: _Connection(self.address, self._left, self._said), seconds)
         except asyncio.TimeoutError:
             raise self._breaker.failed(timed_out(self.address)) from None
         except OSError:
             raise self._breaker.failed(not_reached(self.address)) from None
+        except BaseException:
+            self._breaker.gave_up()
+            raise
         finally:
-            self._connecting -= 1
             if connection is None:
                 self._room.taken -= 1
-                self._give_way()
         self._breaker.connected()
-        self._busy.add(connection)
-        connection.counts = True
         return connection
 
     async def _stand_in_line(self) -> _Connection | None:
-        """A connection, or the right to make one."""
+        """A connection, or the right to make one, which counts as one that is being made."""
         if len(self._waiting) >= limits.WAITING_PER_TARGET:
             raise overloaded(self.address)
         loop = asyncio.get_running_loop()
@@ -187,6 +213,7 @@ class NativeTransport:
         if given is not None:
             self._left(given)
         else:
+            self._connecting -= 1
             self._give_way()
 
     def _left(self, connection: _Connection) -> None:
@@ -214,6 +241,7 @@ class NativeTransport:
         while self._waiting:
             place = self._waiting.popleft()
             if not place.done():
+                self._connecting += 1  # nobody else takes it meanwhile
                 place.set_result(None)
                 return
 
@@ -231,7 +259,15 @@ class NativeTransport:
 
 
 class _Stale(Exception):
-    """The connection ended before the first byte of an answer."""
+    """The connection ended before the first byte of an answer.
+
+    Args:
+        is_unsent: nor was a byte of the request written.
+    """
+
+    def __init__(self, *, is_unsent: bool = False) -> None:
+        super().__init__()
+        self.is_unsent = is_unsent
 
 
 class Said:
@@ -281,6 +317,10 @@ class _Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = math.inf
         self._sending: asyncio.Task[None] | None = None
+        self._interim: Interim | None = None
+        self._wanted: asyncio.Future[None] | None = None
+        """Done when the target wants the body that its caller holds back."""
+        self._poll: select.poll | None = None
         self._begin("")
 
     def _begin(self, method: str) -> None:
@@ -311,11 +351,14 @@ class _Connection(asyncio.Protocol):
         self._fields = []
         if self._parser is None:
             self._parser = httptools.HttpResponseParser(self)
-        if self._transport is None or self._transport.is_closing():
-            raise _Stale
+        if self._transport is None or self._transport.is_closing() or (self.is_reused and not self._is_quiet()):
+            raise _Stale(is_unsent=True)
+        self._interim = outgoing.interim
         self._transport.write(head)
         self._expect(limits.FIRST_BYTE_SECONDS)
         if body is not None:
+            if outgoing.is_held_back:
+                self._wanted = self._loop.create_future()
             self._sending = self._loop.create_task(self._send(body))
         while not self._has_head:
             if self._error is not None:
@@ -325,6 +368,17 @@ class _Connection(asyncio.Protocol):
             raise no_answer(str(self._error))  # in time to say so
         if self.status == 101 and not (self._is_tunnel and outgoing.upgrade):
             raise no_answer("it switches to a protocol that nobody asked for")
+
+    def _is_quiet(self) -> bool:
+        """Whether nothing has come since the last answer, not even an end that the event loop has not seen yet.
+
+        What came would be taken for the answer to the next request.
+        """
+        if self._poll is None:
+            assert self._transport is not None, "it is open"
+            self._poll = select.poll()
+            self._poll.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN | select.POLLRDHUP)
+        return not self._poll.poll(0)
 
     def take(self) -> tuple[bytes, bool]:
         if self._size:
@@ -383,10 +437,14 @@ class _Connection(asyncio.Protocol):
                 self._sending.cancel()
                 self._keep = False
             self._sending = None
+        self._interim = self._wanted = None
         if self._is_tunnel and self._error is None and self._transport is not None:
             self._transport.close()  # what was pushed still goes out, for so long
-            self._loop.call_later(limits.IDLE_SECONDS, self.abort)
-        elif not (self._ended and self._keep and self._error is None) or self._reading_paused:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_later(limits.IDLE_SECONDS, self.abort)
+            return  # it counts until it is gone
+        if not (self._ended and self._keep and self._error is None) or self._reading_paused:
             self.abort()
         self._deadline = math.inf
         self.is_reused = True
@@ -403,6 +461,8 @@ class _Connection(asyncio.Protocol):
 
     async def _send(self, body: Body) -> None:
         """Send a body as it comes. The answer may come, and end, before."""
+        if self._wanted is not None and not await self._is_wanted(self._wanted):
+            return
         try:
             while True:
                 self._deadline = math.inf  # the caller has a time limit of its own
@@ -418,6 +478,18 @@ class _Connection(asyncio.Protocol):
             self._keep = False  # its reader finds out, unless an answer says why
         except Exception as error:
             self._fail(error)
+
+    async def _is_wanted(self, wanted: asyncio.Future[None]) -> bool:
+        """Wait until the target wants the body, or seems to know no `Expect`; `False` when it answers without one."""
+        await asyncio.wait({wanted}, timeout=limits.CONTINUE_SECONDS)
+        if self._has_head or self._error is not None:
+            self._keep = False  # it was promised a body
+            return False
+        if not wanted.done():
+            wanted.set_result(None)
+            if self._interim is not None:
+                self._interim(100, b"Continue", ())
+        return True
 
     # -- what the transport and the parser tell
 
@@ -478,9 +550,9 @@ class _Connection(asyncio.Protocol):
             self._keep = False
             data = data[: self._rest]
         self._rest -= len(data)
-        self._ended = not self._rest
         self._expect(limits.IDLE_SECONDS)
         self.on_body(data)
+        self._ended = not self._rest
 
     def _parse(self, parser: httptools.HttpResponseParser, data: bytes) -> None:
         try:
@@ -496,6 +568,10 @@ class _Connection(asyncio.Protocol):
 
     def _fail_reading(self, problem: str) -> None:
         self._fail(BrokenOff(problem) if self._has_head else no_answer(problem))
+
+    def on_message_begin(self) -> None:
+        if self._has_head:
+            self._keep = False  # an answer that nobody asked for
 
     def on_status(self, text: bytes) -> None:
         if self._has_head:
@@ -524,30 +600,45 @@ class _Connection(asyncio.Protocol):
             return
         status = parser.get_status_code()
         if 100 <= status < 200 and status != 101:  # there is another one behind it (RFC 9110, section 15.2)
-            self._fields = []
-            self.reason = b""
-            self._length = None
+            self._on_interim(status)
             return
         if self._received > limits.MAX_HEAD_BYTES < sum(len(name) + len(value) + 4 for name, value in self._fields):
             raise ValueError(_TOO_LONG)
         if not (200 <= status <= 599 or status == 101):
             raise ValueError(f"the status {status}")
         self.status = status
+        self.reason = self.reason.translate(_PRINTABLE)
         self.fields = self._fields
         self._has_head = True
         self._keep = parser.should_keep_alive()
         if self._method == "HEAD" or status in _WITHOUT_BODY:
+            if self._method == "HEAD" or self._length or self._chunked:
+                self._keep = False  # a careless target sends a body, which could be taken for the next answer
             self._parser = None  # it expects what does not come
             self._length = None
             self._ended = True
 
+    def _on_interim(self, status: int) -> None:
+        fields, reason = self._fields, self.reason.translate(_PRINTABLE)
+        self._fields = []
+        self.reason = b""
+        self._length = None
+        self._chunked = False
+        if status == 100 and self._wanted is not None:
+            if self._wanted.done():
+                return  # it has been told
+            self._wanted.set_result(None)
+        if self._interim is not None:
+            self._interim(status, reason, fields)
+
     def on_body(self, data: bytes) -> None:
-        if self._method == "HEAD" and not self._is_tunnel:
-            self._keep = False
+        if (self._ended and not self._is_tunnel) or self._method == "HEAD":
+            self._keep = False  # a body where there is none, or another answer's
             return
         self._pieces.append(data)
         self._size += len(data)
-        if self._size > limits.BUFFERED_BYTES and not self._reading_paused and self._transport is not None:
+        is_much = self._size > limits.BUFFERED_BYTES or len(self._pieces) > limits.BUFFERED_PIECES
+        if is_much and not self._reading_paused and self._transport is not None:
             self._reading_paused = True
             self._transport.pause_reading()
             self._deadline = math.inf  # the caller has a time limit of its own

@@ -15,7 +15,6 @@ from lmcache_frontend.proxy import limits
 from lmcache_frontend.proxy.breaker import Breaker
 from lmcache_frontend.proxy.connect import connect
 from lmcache_frontend.proxy.exchange import (
-    Body,
     BrokenOff,
     Fields,
     Outgoing,
@@ -27,6 +26,7 @@ from lmcache_frontend.proxy.exchange import (
 )
 from lmcache_frontend.proxy.headers import texts
 from lmcache_shared.address import Address, TcpAddress
+from lmcache_shared.errors import Refusal
 
 _LEFT_OUT = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 """Fields that aiohttp's client would add where the caller sent none."""
@@ -70,13 +70,16 @@ class PlainTransport:
         if self._waiting + self._answers >= limits.CONNECTIONS_PER_TARGET + limits.WAITING_PER_TARGET:
             raise overloaded(self.address)
         self._breaker.check()
+        whole = outgoing.body.whole() if outgoing.body is not None else None
+        broken: asyncio.Future[Refusal] = asyncio.get_running_loop().create_future()
         self._waiting += 1
         try:
             upstream = await self.session.request(
                 outgoing.method,
                 self.url(outgoing.path),
                 headers=CIMultiDict(texts(outgoing.fields)),
-                data=_pieces(outgoing.body) if outgoing.body is not None else None,
+                data=_pieces(outgoing, whole, broken) if outgoing.body is not None else None,
+                expect100=outgoing.is_held_back and whole is None,
                 allow_redirects=False,
             )
         except aiohttp.ConnectionTimeoutError:
@@ -87,7 +90,7 @@ class PlainTransport:
         except aiohttp.ClientConnectorError:
             raise self._breaker.failed(not_reached(self.address)) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise no_answer(reason(error)) from None
+            raise (broken.result() if broken.done() else no_answer(reason(error))) from None
         finally:
             self._waiting -= 1
         self._breaker.connected()
@@ -95,7 +98,7 @@ class PlainTransport:
             upstream.close()
             raise no_answer(f"it answers with the status {upstream.status}")
         self._answers += 1
-        return _PlainAnswer(self, upstream)
+        return _PlainAnswer(self, upstream, broken)
 
     async def close(self) -> None:
         await self.session.close()
@@ -126,7 +129,9 @@ class _Connector(aiohttp.BaseConnector):
 class _PlainAnswer:
     """A `ClientResponse` as an `Answer`."""
 
-    def __init__(self, transport: PlainTransport, upstream: aiohttp.ClientResponse) -> None:
+    def __init__(
+        self, transport: PlainTransport, upstream: aiohttp.ClientResponse, broken: asyncio.Future[Refusal]
+    ) -> None:
         self.status = upstream.status
         self.reason = _CONTROL.sub(b"?", (upstream.reason or "").encode("utf-8", "replace"))
         self.fields: Fields = [
@@ -137,6 +142,7 @@ class _PlainAnswer:
         self._content: aiohttp.StreamReader = upstream.content
         self._piece = b""
         self._lost: asyncio.Future[None] | None = None
+        broken.add_done_callback(self._connection_lost)
         protocol = upstream.connection.protocol if upstream.connection is not None else None
         if protocol is not None:
             if protocol.closed is None:
@@ -219,13 +225,23 @@ class _Raw:
         self._content.feed_eof()
 
 
-async def _pieces(body: Body) -> AsyncIterator[bytes]:
-    whole = body.whole()
+async def _pieces(outgoing: Outgoing, whole: bytes | None, broken: asyncio.Future[Refusal]) -> AsyncIterator[bytes]:
+    """A request's body; asked for the first piece when the target has said `100 Continue`, where it is asked to.
+
+    That it is `broken` is told apart: aiohttp (3.14) tells the reader of an answer that has begun nothing of it.
+    """
     if whole is not None:
         yield whole
         return
-    while piece := await body.read():
-        yield piece
+    if outgoing.is_held_back and outgoing.interim is not None:
+        outgoing.interim(100, b"Continue", ())
+    body = outgoing.body
+    try:
+        while body is not None and (piece := await body.read()):
+            yield piece
+    except Refusal as refusal:
+        broken.set_result(refusal)
+        raise
 
 
 def reason(error: Exception) -> str:

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import cast
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from lmcache_frontend.proxy import limits
-from lmcache_frontend.proxy.answering import Known, Traffic, Written, opening_of, send_back
-from lmcache_frontend.proxy.exchange import Outgoing, Proxying, Transport
+from lmcache_frontend.proxy.answering import (
+    Known,
+    Traffic,
+    Written,
+    break_off,
+    opening_of,
+    send_back,
+    send_interim,
+    without_length,
+)
+from lmcache_frontend.proxy.exchange import Fields, Outgoing, Proxying, Transport, no_answer
 from lmcache_frontend.proxy.headers import Introduction, answer_fields, kept_by_nobody, request_fields
+from lmcache_frontend.proxy.leaving import Leaving
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.target import ProxiedPath
-from lmcache_frontend.proxy.tunnel import FIELDS, asks_for_upgrade, pass_on
+from lmcache_frontend.proxy.tunnel import FIELDS, asks_for_upgrade, is_switched, pass_on
 from lmcache_shared.address import Address
 from lmcache_shared.errors import Refusal
 
 logger = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 0.25
+"""So often somebody looks whether the framing of a request's body broke."""
+
 MAX_UNREGISTERED_TARGETS = 64
 """Transports kept for targets that are no registered nodes; the one unused for longest goes first."""
+
+_TURNS = 10
+"""Of the event loop, so many are enough for a cancelled reader to be gone."""
 
 
 class Targets:
@@ -74,6 +91,9 @@ def as_outgoing(request: Proxying, wanted: ProxiedPath, caller: Introduction, tr
     if "Upgrade" in request.headers and asks_for_upgrade(cast(web.Request, request)):
         outgoing.upgrade = True
         outgoing.fields.extend(FIELDS)
+    if request.version >= HttpVersion11:
+        outgoing.interim = functools.partial(_interim, request, wanted, body)
+        outgoing.is_held_back = body is not None and "Expect" in request.headers
     return outgoing
 
 
@@ -99,32 +119,75 @@ async def forward(
         Refusal: 502 when the target cannot be reached or speaks no HTTP, 503 when too many ask, 504 when it is too
             slow.
     """
-    answer = await target.request(outgoing)
     try:
-        opening = known.opening(request, answer)
+        return await _exchanged(request, target, wanted, outgoing, traffic, known, reveals=reveals)
+    finally:
+        if isinstance(outgoing.body, CallersBody):
+            await outgoing.body.left_alone()
+
+
+async def _exchanged(
+    request: Proxying,
+    target: Transport,
+    wanted: ProxiedPath,
+    outgoing: Outgoing,
+    traffic: Traffic,
+    known: Known,
+    *,
+    reveals: bool,
+) -> web.StreamResponse:
+    answer = await target.request(outgoing)
+    if answer.status == 101 and not is_switched(answer.fields):
+        answer.release()
+        raise no_answer("it switches to a protocol that nobody asked for")
+    try:
+        is_last = outgoing.is_held_back and isinstance(outgoing.body, CallersBody) and not outgoing.body.is_wanted
+        opening = None if is_last else known.opening(request, answer)
         if opening is None:
             fields = answer_fields(answer.fields, wanted)
             if reveals:
                 kept_by_nobody(fields)
             if answer.status == 101:
                 return await pass_on(cast(web.Request, request), answer, fields, traffic)
-            opening = opening_of(request, answer, fields)
-            known.remember(request, answer, opening)
+            opening = opening_of(request, answer, fields, is_last=is_last)
+            if not is_last:
+                known.remember(request, answer, opening)
         return await send_back(request, answer, opening, traffic)
     except (ConnectionError, Refusal) as error:  # also of the request's body: the answer has begun
         traffic.broke_off = True
         logger.info("%s %s broke off: %s", request.method, request.path, error or type(error).__name__)
-        if request.transport is not None:
-            request.transport.abort()
+        break_off(request)
         return Written(answer.status, keep_alive=False, length=traffic.received)
     finally:
         answer.release()
 
 
+async def expected(request: web.Request) -> None:
+    """aiohttp's server asks this before a handler: nothing is said to `Expect: 100-continue` until the target does."""
+    if request.headers["Expect"].lower() != "100-continue":
+        raise web.HTTPExpectationFailed(text="Expect: there is no expectation but 100-continue")
+
+
+def _interim(
+    request: Proxying, wanted: ProxiedPath, body: CallersBody | None, status: int, reason: bytes, fields: Fields
+) -> None:
+    if status == 100 and body is not None:
+        body.is_wanted = True
+    send_interim(request, status, reason, without_length(answer_fields(fields, wanted)))
+
+
 class CallersBody:
-    """A request's body as it comes; a caller that stops sending does not hold a connection to the target."""
+    """A request's body as it comes; a caller that stops sending does not hold a connection to the target.
+
+    Attributes:
+        is_wanted: whether a caller that holds it back has been told to go on, or has not waited for that.
+    """
 
     def __init__(self, request: web.Request, traffic: Traffic) -> None:
+        self.is_wanted = False
+        self._is_read = False
+        self._leaving: Leaving | None = None
+        self._request = request
         self.is_chunked = "Content-Length" not in request.headers
         self._content = request.content
         self._traffic = traffic
@@ -132,16 +195,43 @@ class CallersBody:
     def whole(self) -> bytes | None:
         if not self._content.is_eof() or self._content.exception() is not None:
             return None
+        self.is_wanted = True
         data = self._content.read_nowait(-1)
         self._traffic.sent += len(data)
         return data
 
+    async def left_alone(self) -> None:
+        """Until nobody reads it, for the server may want to; who read it has been cancelled."""
+        if self._leaving is not None:
+            self._leaving.close()
+        for _ in range(_TURNS):
+            if not self._is_read:
+                return
+            await asyncio.sleep(0)
+
     async def read(self) -> bytes:
+        if self._leaving is None and self._request.transport is not None:
+            self._leaving = Leaving(self._request.transport)
+        waited = 0.0
+        self._is_read = True
         try:
-            piece = await asyncio.wait_for(self._content.readany(), limits.IDLE_SECONDS)
-        except asyncio.TimeoutError:
-            raise Refusal(408, "the request's body stopped coming") from None
+            while True:
+                try:
+                    piece = await asyncio.wait_for(self._content.readany(), min(_LOOK_SECONDS, limits.IDLE_SECONDS))
+                    break
+                except asyncio.TimeoutError:
+                    waited += _LOOK_SECONDS
+                    if self._is_broken():
+                        raise Refusal(400, "the request's body is broken: its framing") from None
+                    if waited >= limits.IDLE_SECONDS:
+                        raise Refusal(408, "the request's body stopped coming") from None
         except (web.RequestPayloadError, ValueError) as error:
             raise Refusal(400, f"the request's body is broken: {error}"[: limits.MAX_REASON_LENGTH]) from None
+        finally:
+            self._is_read = False
         self._traffic.sent += len(piece)
         return piece
+
+    def _is_broken(self) -> bool:
+        """aiohttp (3.14) tells nobody that a chunk was none: it puts an error in line behind the request."""
+        return bool(getattr(self._request.protocol, "_messages", None)) and not self._content.is_eof()

@@ -14,7 +14,8 @@ from aiohttp.http import StreamWriter
 
 from lmcache_frontend.proxy import limits
 from lmcache_frontend.proxy.answering import Traffic, Written, cut_off_late_reader
-from lmcache_frontend.proxy.exchange import Tunnel
+from lmcache_frontend.proxy.exchange import BrokenOff, Fields, Tunnel
+from lmcache_frontend.proxy.leaving import Leaving
 
 FIELDS = ((b"Connection", b"Upgrade"), (b"Upgrade", b"websocket"))
 """What an upgrade needs of the fields that stop at each connection."""
@@ -33,13 +34,17 @@ def asks_for_upgrade(request: web.Request) -> bool:
     )
 
 
+def is_switched(fields: Fields) -> bool:
+    """Whether an answer 101 switches to what was asked for."""
+    return [value.lower() for name, value in fields if name.lower() == b"upgrade"] == [b"websocket"]
+
+
 async def pass_on(
     request: web.Request, tunnel: Tunnel, fields: list[tuple[bytes, bytes]], traffic: Traffic
 ) -> web.StreamResponse:
     """Be the tunnel until one end closes it, or nothing has come for `UPGRADE_IDLE_SECONDS`.
 
-    Raises:
-        BrokenOff: the target's end broke, or both were silent for too long.
+    However the target's end comes, the caller still gets what came before it: frames tell whether they are whole.
     """
     writer = cast(StreamWriter, request.writer)
     lines = [b"%b: %b\r\n" % field for field in (*fields, *FIELDS)]
@@ -51,7 +56,11 @@ async def pass_on(
         is_end = False
         while not is_end:
             await tunnel.wait()
-            piece, is_end = tunnel.take()
+            try:
+                piece, is_end = tunnel.take()
+            except BrokenOff:
+                traffic.broke_off = True
+                break
             traffic.received += len(piece)
             if piece:
                 await writer.write(piece, drain=False)
@@ -89,12 +98,18 @@ class _Caller:
 
     async def _hold(self) -> None:
         """The caller is not read until the target has taken what came."""
+        leaving = Leaving(self._transport) if self._transport is not None else None
         try:
             await asyncio.wait_for(self._tunnel.drained(), limits.IDLE_SECONDS)
-        except (ConnectionError, asyncio.TimeoutError):
+        except ConnectionError:
+            return  # who reads the target finds out, and what it said last
+        except asyncio.TimeoutError:
             if self._transport is not None:
                 self._transport.abort()
             return
+        finally:
+            if leaving is not None:
+                leaving.close()
         self._holding = None
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
