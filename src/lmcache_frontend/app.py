@@ -14,6 +14,7 @@ from lmcache_frontend.nodes.neighbours import Neighbours
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.sources import Sources
 from lmcache_frontend.options import Options
+from lmcache_frontend.proxy.paths import Paths
 from lmcache_frontend.proxy.policy import Policy
 from lmcache_frontend.proxy.transport import Targets
 from lmcache_frontend.telemetry.health.board import HealthBoard
@@ -31,6 +32,7 @@ BY_HAND: web.AppKey[ByHand] = web.AppKey("by hand", ByHand)
 NEIGHBOURS: web.AppKey[Neighbours] = web.AppKey("neighbours", Neighbours)
 DISCOVERY: web.AppKey[DiscoveryService] = web.AppKey("discovery", DiscoveryService)
 POLICY: web.AppKey[Policy] = web.AppKey("policy", Policy)
+PATHS: web.AppKey[Paths] = web.AppKey("paths", Paths)
 TARGETS: web.AppKey[Targets] = web.AppKey("targets", Targets)
 HEALTH: web.AppKey[HealthBoard] = web.AppKey("health", HealthBoard)
 
@@ -57,6 +59,7 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     app[NEIGHBOURS] = cluster.neighbours
     app[DISCOVERY] = cluster.discovery
     app[POLICY] = Policy(cluster.registry, options.socket_prefix)
+    app[PATHS] = Paths(cluster.registry)
     app[HEALTH] = cluster.health
     app[READY] = cluster.not_ready
     app[OWN_METRICS] = OwnMetrics(cluster.registry, cluster.health)

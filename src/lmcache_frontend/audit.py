@@ -19,10 +19,11 @@ from typing import Any
 from aiohttp import web
 
 from lmcache_shared import secrets
+from lmcache_shared.access.asking import Asking, HandlerOf, R
 from lmcache_shared.access.caller import seen_address
 from lmcache_shared.access.gate import caller_of
 from lmcache_shared.access.roles import Role, needed
-from lmcache_shared.errors import ConfigError, Handler, Refusal
+from lmcache_shared.errors import ConfigError, Refusal
 from lmcache_shared.responses import json_text
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ AUDIT: web.AppKey[AuditLog] = web.AppKey("audit log", AuditLog)
 
 
 @web.middleware
-async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def audited(request: R, handler: HandlerOf[R]) -> web.StreamResponse:
     """Have a line written for each change, when its answer has gone or is about to; behind `admitted`."""
     log = request.app.get(AUDIT)
     if log is None:
@@ -156,10 +157,10 @@ async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
     finally:
         node, role = request.get(CHANGE) or ("", needed(request))
         if role >= Role.OPERATOR:
-            await log.add(_line(request, node, status, time.monotonic() - began))
+            await log.add(_line(request, str(node), status, time.monotonic() - began))
 
 
-def _line(request: web.Request, node: str, status: int, seconds: float) -> dict[str, object]:
+def _line(request: Asking, node: str, status: int, seconds: float) -> dict[str, object]:
     caller = caller_of(request)
     query = secrets.masked(dict(request.query)) if len(request.query_string) <= MAX_TEXT else {"...": "too long"}
     return {

@@ -18,6 +18,7 @@ from lmcache_frontend.cluster import Cluster
 from lmcache_frontend.discovery.heartbeat import HEARTBEAT, Heartbeat
 from lmcache_frontend.nodes.node import Node, Proxy
 from lmcache_frontend.options import Options
+from lmcache_frontend.proxy.fronted import FrontedRunner
 from lmcache_shared.address import TcpAddress, is_loopback_host, tcp_address
 from lmcache_shared.listen import make_runner, make_site
 from lmcache_shared.program import say
@@ -55,6 +56,7 @@ class FrontendServer:
         self._runner = make_runner(
             app,
             drain_seconds=DRAIN_SECONDS,
+            kind=FrontedRunner,
             access_log=logger if logger.isEnabledFor(logging.INFO) else None,
         )
 

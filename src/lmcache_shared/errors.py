@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
+from lmcache_shared.access.asking import HandlerOf, R
 from lmcache_shared.responses import json_response
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Failure(Refusal):
 
 
 @web.middleware
-async def refusals(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def refusals(request: R, handler: HandlerOf[R]) -> web.StreamResponse:
     """Give every failure the one JSON shape; a bug is logged in full and answered without a traceback."""
     try:
         response = await handler(request)

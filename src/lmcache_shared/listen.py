@@ -35,6 +35,8 @@ BACKLOG = 128
 KEEPALIVE_SECONDS = 75.0
 """How long an idle connection is kept."""
 
+ACCESS_LOG_FORMAT = '%a "%r" %s %b bytes %Tf s'
+
 MIN_SHUTDOWN_SECONDS = 0.05
 
 _http_logger = logging.getLogger("lmcache_shared.http")
@@ -58,14 +60,20 @@ _PROBE_SECONDS = 1.0
 _MAX_COMMAND_LENGTH = 200
 
 
-def make_runner(app: web.Application, *, drain_seconds: float, access_log: logging.Logger | None) -> web.AppRunner:
+def make_runner(
+    app: web.Application,
+    *,
+    drain_seconds: float,
+    access_log: logging.Logger | None,
+    kind: type[web.AppRunner] = web.AppRunner,
+) -> web.AppRunner:
     """The runner of one server: its end gives requests `drain_seconds`; a caller that leaves ends its request."""
-    return web.AppRunner(
+    return kind(
         app,
         auto_decompress=False,  # a proxied body goes on as it came, and nobody sends a small one that grows here
         keepalive_timeout=KEEPALIVE_SECONDS,
         access_log=access_log,
-        access_log_format='%a "%r" %s %b bytes %Tf s',
+        access_log_format=ACCESS_LOG_FORMAT,
         # aiohttp (3.14) waits this long twice, for handlers and for connections, and without an end when it is 0
         shutdown_timeout=max(drain_seconds / 2, MIN_SHUTDOWN_SECONDS),
         handler_cancellation=True,

@@ -12,13 +12,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import cast
 
 from aiohttp import HttpVersion11, web
-from aiohttp.http import StreamWriter
+from aiohttp.http import SERVER_SOFTWARE
 
 from lmcache_frontend.proxy import limits
-from lmcache_frontend.proxy.exchange import Answer
+from lmcache_frontend.proxy.exchange import Answer, Proxying
 
 _SANDBOX = b"Content-Security-Policy: sandbox\r\nX-Content-Type-Options: nosniff\r\n"
 """A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing."""
@@ -46,9 +45,7 @@ class Written(web.StreamResponse):
         self._eof_sent = True
 
 
-async def send_back(
-    request: web.Request, answer: Answer, fields: list[tuple[bytes, bytes]], traffic: Traffic
-) -> Written:
+async def send_back(request: Proxying, answer: Answer, fields: list[tuple[bytes, bytes]], traffic: Traffic) -> Written:
     """Send an answer with these fields to the caller, piece by piece.
 
     Raises:
@@ -72,26 +69,44 @@ async def send_back(
     head.append(b"\r\n")
     if is_end:
         answer.release()  # for the next request, before this one's caller has read anything
-    writer, protocol = cast(StreamWriter, request.writer), request.protocol
+    transport, protocol = request.transport, request.protocol
+    if transport is None:
+        raise ConnectionResetError("the caller is gone")
     start = b"".join(head)
     while True:
         traffic.received += len(piece)
         before, after = _framing(len(piece), is_end) if is_chunked else (b"", b"")
         if len(piece) <= _JOINED_BYTES:
             if data := b"%b%b%b%b" % (start, before, piece, after):
-                await writer.write(data, drain=False)
+                transport.write(data)
         else:
-            await writer.write(start + before, drain=False)
-            await writer.write(piece, drain=False)
-            await writer.write(after, drain=False)
+            transport.write(start + before)
+            transport.write(piece)
+            transport.write(after)
         if protocol.writing_paused:
             with cut_off_late_reader(request):
-                await writer.drain()
+                await request.writer.drain()
         if is_end:
             return Written(answer.status, keep_alive=keep_alive, length=traffic.received)
         start = b""
         await answer.wait()
         piece, is_end = answer.take()
+
+
+def in_one_piece(request: Proxying, response: web.Response) -> bytes:
+    """An answer of the frontend's own, as aiohttp's server writes it."""
+    body = response.body if isinstance(response.body, bytes) else b""
+    headers = response.headers
+    headers.setdefault("Content-Length", str(len(body)))
+    headers.setdefault("Date", formatdate(time.time(), usegmt=True))
+    headers.setdefault("Server", SERVER_SOFTWARE)
+    if request.keep_alive != (request.version >= HttpVersion11):
+        headers["Connection"] = "keep-alive" if request.keep_alive else "close"
+    version = request.version
+    lines = [f"HTTP/{version.major}.{version.minor} {response.status} {response.reason}\r\n"]
+    lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+    head = ("".join(lines) + "\r\n").encode("utf-8")
+    return head if request.method == "HEAD" else head + body
 
 
 def _framing(size: int, is_end: bool) -> tuple[bytes, bytes]:
@@ -111,7 +126,7 @@ def _head(answer: Answer, fields: list[tuple[bytes, bytes]], names: set[bytes], 
 
 
 @contextlib.contextmanager
-def cut_off_late_reader(request: web.Request) -> Iterator[None]:
+def cut_off_late_reader(request: Proxying) -> Iterator[None]:
     """A caller that takes no piece within `IDLE_SECONDS` is cut off: it must not hold a connection to the target.
 
     A timer, not `wait_for`: that makes a task for every piece up to Python 3.11.

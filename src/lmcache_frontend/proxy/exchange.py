@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from lmcache_frontend.proxy import limits
+from lmcache_shared.access.asking import Asking
 from lmcache_shared.address import Address, TcpAddress
 from lmcache_shared.errors import Refusal
 
 Fields = Sequence[tuple[bytes, bytes]]
 """Header fields as they came, in their order, repeated ones repeated."""
+
+
+class Proxying(Asking, Protocol):
+    """A caller's request that is passed on; what may be written to its connection is written to `transport`."""
+
+    @property
+    def raw_headers(self) -> Fields: ...
+    @property
+    def keep_alive(self) -> bool: ...
+    @property
+    def body_exists(self) -> bool: ...
+    @property
+    def writer(self) -> Any:
+        """Its `drain` waits until the caller has taken enough of what was written."""
+
+    @property
+    def protocol(self) -> Any:
+        """Its `writing_paused` tells whether to wait."""
 
 
 class BrokenOff(ConnectionError):

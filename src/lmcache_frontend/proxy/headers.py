@@ -11,10 +11,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from aiohttp import web
-
-from lmcache_frontend.proxy.exchange import Fields
+from lmcache_frontend.proxy.exchange import Fields, Proxying
 from lmcache_frontend.proxy.target import ProxiedPath
+from lmcache_shared.access.asking import Asking
 from lmcache_shared.access.caller import FRONTEND_VIA, SPEAKING_FOR_OTHERS
 from lmcache_shared.address import Address, TcpAddress
 from lmcache_shared.errors import Refusal
@@ -101,7 +100,7 @@ class Introduction:
     cookie: bytes = b""
 
 
-def refuse_loops(request: web.Request) -> None:
+def refuse_loops(request: Asking) -> None:
     """Let a request pass so many frontends and no more.
 
     Raises:
@@ -114,7 +113,7 @@ def refuse_loops(request: web.Request) -> None:
         raise Refusal(508, f"the request has passed {passed} frontends: their proxies lead in a circle; take one out")
 
 
-def request_fields(request: web.Request, prefix: str, caller: Introduction) -> list[tuple[bytes, bytes]]:
+def request_fields(request: Proxying, prefix: str, caller: Introduction) -> list[tuple[bytes, bytes]]:
     """What the target gets of a request's fields; `Via`, and whom and what the caller asked for, are continued.
 
     Args:

@@ -5,6 +5,9 @@ from __future__ import annotations
 CONNECT_SECONDS = 5.0
 """To get a connection, its place in the line included."""
 
+HEAD_SECONDS = 10.0
+"""From the first byte of a request's head to its last."""
+
 FIRST_BYTE_SECONDS = 60.0
 """From the request, or the last piece of its body, to the answer's head: LMCache's frontend waits so long for all."""
 

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import os
 
-from aiohttp import web
-
 from lmcache_frontend.nodes.registry import Registry
+from lmcache_shared.access.asking import Asking
 from lmcache_shared.access.caller import is_local_caller
 from lmcache_shared.address import Address, UnixAddress, unix_address
 from lmcache_shared.errors import AddressError, Refusal
@@ -26,7 +25,7 @@ class Policy:
         self._registry = registry
         self._prefix = socket_prefix
 
-    def allowed(self, request: web.Request, address: Address) -> Address:
+    def allowed(self, request: Asking, address: Address) -> Address:
         """The address to connect to.
 
         Raises:

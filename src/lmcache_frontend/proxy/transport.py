@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import cast
 
 from aiohttp import web
 
 from lmcache_frontend.proxy import limits
 from lmcache_frontend.proxy.answering import Traffic, Written, send_back
-from lmcache_frontend.proxy.exchange import Outgoing, Transport
+from lmcache_frontend.proxy.exchange import Outgoing, Proxying, Transport
 from lmcache_frontend.proxy.headers import Introduction, answer_fields, request_fields
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.target import ProxiedPath
@@ -67,7 +68,7 @@ class Targets:
 
 
 async def forward(
-    request: web.Request, target: Transport, wanted: ProxiedPath, caller: Introduction, traffic: Traffic
+    request: Proxying, target: Transport, wanted: ProxiedPath, caller: Introduction, traffic: Traffic
 ) -> web.StreamResponse:
     """Send the request on to the path that is `wanted` of `target`, and its answer back; `traffic` is counted.
 
@@ -80,16 +81,16 @@ async def forward(
         Refusal: 502 when the target cannot be reached or speaks no HTTP, 503 when too many ask, 504 when it is too
             slow.
     """
-    body = CallersBody(request, traffic) if request.body_exists else None
+    body = CallersBody(cast(web.Request, request), traffic) if request.body_exists else None
     outgoing = Outgoing(request.method, wanted.path, request_fields(request, wanted.prefix, caller), body)
-    if "Upgrade" in request.headers and asks_for_upgrade(request):
+    if "Upgrade" in request.headers and asks_for_upgrade(cast(web.Request, request)):
         outgoing.upgrade = True
         outgoing.fields.extend(FIELDS)
     answer = await target.request(outgoing)
     try:
         fields = answer_fields(answer.fields, wanted)
         if answer.status == 101:
-            return await pass_on(request, answer, fields, traffic)
+            return await pass_on(cast(web.Request, request), answer, fields, traffic)
         return await send_back(request, answer, fields, traffic)
     except (ConnectionError, Refusal) as error:  # also of the request's body: the answer has begun
         traffic.broke_off = True

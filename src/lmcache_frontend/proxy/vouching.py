@@ -11,27 +11,24 @@ knows.
 
 from __future__ import annotations
 
-from aiohttp import web
-
 from lmcache_frontend.proxy.headers import Introduction
+from lmcache_shared.access.asking import Asking
 from lmcache_shared.access.caller import is_local_caller
 from lmcache_shared.access.gate import GATE, caller_of
 from lmcache_shared.access.roles import Role
-from lmcache_shared.access.table import Proxied, of_proxied
+from lmcache_shared.access.table import Proxied
 
 
-def admitted(request: web.Request, path: str) -> Proxied:
-    """What a request needs that is to pass to `path` at a target, if its caller has it.
+def require(request: Asking, asked: Proxied) -> None:
+    """Let the caller pass that has what is `asked` for.
 
     Raises:
         Refusal: 401 or 403.
     """
-    asked = of_proxied(request.method, path)
     request.app[GATE].require(request, max(asked.role, Role.VIEWER))
-    return asked
 
 
-def introduction(request: web.Request, asked: Proxied, token: str | None) -> Introduction:
+def introduction(request: Asking, asked: Proxied, token: str | None) -> Introduction:
     """How a caller that has what is `asked` for is introduced to a target whose entry has this token."""
     caller = caller_of(request)
     is_settled = caller.role == Role.ADMIN or asked.known

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from lmcache_shared.errors import Handler, Refusal
+from lmcache_shared.access.asking import Asking, HandlerOf, R
+from lmcache_shared.errors import Refusal
 
 _OWN = frozenset({"none", "same-origin"})
 
 
 @web.middleware
-async def own_site_only(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def own_site_only(request: R, handler: HandlerOf[R]) -> web.StreamResponse:
     """Refuse what another site's page asks.
 
     Raises:
@@ -26,7 +27,7 @@ async def own_site_only(request: web.Request, handler: Handler) -> web.StreamRes
     return await handler(request)
 
 
-def is_from_another_site(request: web.Request) -> bool:
+def is_from_another_site(request: Asking) -> bool:
     headers = request.headers
     sites = headers.getall("Sec-Fetch-Site", [])
     if sites and not _OWN.issuperset(sites):
@@ -35,6 +36,6 @@ def is_from_another_site(request: web.Request) -> bool:
     return not sites and any(origin.partition("://")[2].lower() != request.host.lower() for origin in origins)
 
 
-def followed_here(request: web.Request) -> bool:
+def followed_here(request: Asking) -> bool:
     """Whether no link on another site led here."""
     return _OWN.issuperset(request.headers.getall("Sec-Fetch-Site", []))

@@ -10,9 +10,9 @@ import re
 import socket
 from dataclasses import dataclass
 
-from aiohttp import web
 from multidict import CIMultiDictProxy
 
+from lmcache_shared.access.asking import Asking
 from lmcache_shared.access.roles import Role
 from lmcache_shared.address import is_loopback_host
 
@@ -39,7 +39,7 @@ class Caller:
     by_token: bool = False
 
 
-def is_local_caller(request: web.Request, *, through_frontends: bool = False) -> bool:
+def is_local_caller(request: Asking, *, through_frontends: bool = False) -> bool:
     """Whether the caller is on this machine: it connects over loopback or a Unix socket, and no proxy speaks for it.
 
     A page in a local browser that came by a name that was made to point here (DNS rebinding) connects over loopback
@@ -70,7 +70,7 @@ def _are_here(callers: list[str]) -> bool:
     return all(is_loopback_host(caller) for caller in callers)
 
 
-def _connects_from_here(request: web.Request) -> bool:
+def _connects_from_here(request: Asking) -> bool:
     transport = request.transport
     if transport is None:
         return False
@@ -81,7 +81,7 @@ def _connects_from_here(request: web.Request) -> bool:
     return isinstance(peer, tuple) and is_loopback_host(str(peer[0]))
 
 
-def seen_address(request: web.Request) -> str:
+def seen_address(request: Asking) -> str:
     """Where the caller is, for people and for counting: of a proxy on this machine the caller that it names last."""
     peer = request.transport.get_extra_info("peername") if request.transport else None
     host = str(peer[0]) if isinstance(peer, tuple) else "unix socket"
@@ -91,7 +91,7 @@ def seen_address(request: web.Request) -> str:
     return host if host.isprintable() else ascii(host)
 
 
-def bearer_token(request: web.Request) -> str | None:
+def bearer_token(request: Asking) -> str | None:
     """What `Authorization: Bearer` holds (RFC 6750, section 2.1)."""
     values = request.headers.getall("Authorization", [])
     scheme, _, token = values[0].partition(" ") if len(values) == 1 else ("", "", "")

@@ -9,12 +9,13 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
+from lmcache_shared.access.asking import Asking, HandlerOf, R
 from lmcache_shared.access.attempts import Attempts
 from lmcache_shared.access.browser import followed_here
 from lmcache_shared.access.caller import Caller, bearer_token, is_local_caller, seen_address
 from lmcache_shared.access.roles import Role, needed
 from lmcache_shared.access.tokens import Tokens
-from lmcache_shared.errors import Handler, Refusal
+from lmcache_shared.errors import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Gate:
         if no_auth:
             logger.warning("%s: whoever reaches this server may do everything", names.no_auth)
 
-    async def caller(self, request: web.Request) -> Caller:
+    async def caller(self, request: Asking) -> Caller:
         """Who calls.
 
         Raises:
@@ -84,7 +85,7 @@ class Gate:
             return await self.holder(request, token)
         return await self._signed_in(request) or Caller("anonymous", self._otherwise)
 
-    async def _signed_in(self, request: web.Request) -> Caller | None:
+    async def _signed_in(self, request: Asking) -> Caller | None:
         """Whose cookie it is. One whose token was taken back is no mistake of its browser's: it may look on."""
         value = request.cookies.get(self.cookie) if self.cookie is not None and self._tokens.configured else None
         address = seen_address(request)
@@ -95,7 +96,7 @@ class Gate:
             self._cookie_attempts.failed(address)
         return found
 
-    async def holder(self, request: web.Request, token: str) -> Caller:
+    async def holder(self, request: Asking, token: str) -> Caller:
         """Whose token it is.
 
         Raises:
@@ -111,7 +112,7 @@ class Gate:
             raise Refusal(401, "the token of this request is none that this server knows", _CHALLENGE)
         return found
 
-    def require(self, request: web.Request, role: Role) -> None:
+    def require(self, request: Asking, role: Role) -> None:
         """Raises:
         Refusal: 401 for who may show a token, 403 for whose token is not enough; the text names the way out.
         """
@@ -136,7 +137,7 @@ GATE: web.AppKey[Gate] = web.AppKey("gate", Gate)
 
 
 @web.middleware
-async def admitted(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def admitted(request: R, handler: HandlerOf[R]) -> web.StreamResponse:
     """Find out who calls, and let in who has the role that the route needs.
 
     Raises:
@@ -157,7 +158,7 @@ async def admitted(request: web.Request, handler: Handler) -> web.StreamResponse
     return response
 
 
-def caller_of(request: web.Request) -> Caller:
+def caller_of(request: Asking) -> Caller:
     """Who calls, behind `admitted`."""
     found: Caller = request[CALLER]
     return found

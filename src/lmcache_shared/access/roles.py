@@ -21,6 +21,8 @@ from typing import TypeVar
 
 from aiohttp import web
 
+from lmcache_shared.access.asking import Asking
+
 H = TypeVar("H", bound=Callable[..., object])
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
@@ -90,7 +92,7 @@ def declared(handler: object, method: str) -> Needs:
     return found if isinstance(found, Needs) else by_method(method)
 
 
-def needed(request: web.Request) -> Role:
+def needed(request: Asking) -> Role:
     """The role that this request needs; what leads nowhere (404, 405) needs none."""
     match = request.match_info
     is_static = isinstance(match.route.resource, web.StaticResource)  # what every page loads, that to sign in too
