@@ -6,6 +6,7 @@ whose value is a number, a number in a string, or a socket's path; `from_node` r
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import re
@@ -180,6 +181,7 @@ def quote_socket(path: str, *, times: int) -> str:
     return path
 
 
+@functools.lru_cache(maxsize=1024)  # asked for each request, and to read a number takes longer than to parse one
 def is_loopback_host(host: str) -> bool:
     """Whether `host` is `localhost` or an address of the loopback network, an IPv4 one inside IPv6 included.
 

@@ -65,6 +65,8 @@ class Outgoing:
     body: Body | None = None
     upgrade: bool = False
     """Whether the connection may become a tunnel, to which `fields` ask it."""
+    head: bytes = b""
+    """As a transport has written it; one without a body may be sent again."""
 
 
 class Answer(Protocol):

@@ -169,8 +169,19 @@ class _Connection(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_deadline", "_drained", "_front", "_loop", "_pending", "_reading_paused", "_timer", "remote", "task",
-        "transport", "writing_paused",
+        "_deadline",
+        "_drained",
+        "_front",
+        "_head",
+        "_loop",
+        "_passed",
+        "_pending",
+        "_reading_paused",
+        "_timer",
+        "remote",
+        "task",
+        "transport",
+        "writing_paused",
     )  # fmt: skip
 
     def __init__(self, front: Front) -> None:
@@ -181,6 +192,8 @@ class _Connection(asyncio.Protocol):
         self._front = front
         self._loop = asyncio.get_running_loop()
         self._pending = b""
+        self._head: Head | None = None
+        self._passed: passing.Passed | None = None
         self._reading_paused = False
         self._drained: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -260,7 +273,15 @@ class _Connection(asyncio.Protocol):
                 self._pending = data[end:]
                 self._deadline = math.inf
                 handler = self._front.by_name if head.is_named else self._front.by_address
-                self.task = self._loop.create_task(self._answer(_Request(head, self, self._front.app), handler))
+                request = _Request(head, self, self._front.app)
+                passed = self._passed
+                if passed is not None:
+                    if self._head is head and passing.may_pass_again(self._front.app, passed):
+                        handler = self._again
+                    else:
+                        self._passed = None
+                self._head = head
+                self.task = self._loop.create_task(self._answer(request, handler))
                 return
         elif len(data) <= MAX_HEAD_BYTES and heads.may_become_one(data):
             if is_first:
@@ -268,10 +289,18 @@ class _Connection(asyncio.Protocol):
             return
         self._hand_over()
 
+    async def _again(self, request: _Request) -> web.StreamResponse:
+        return await refusals(request, self._pass_again)
+
+    async def _pass_again(self, request: _Request) -> web.StreamResponse:
+        assert self._passed is not None, "asked for when there is one"
+        return await passing.again(request, self._passed)
+
     async def _answer(self, request: _Request, handler: HandlerOf[_Request]) -> None:
         began = self._loop.time()
         try:
             response = await handler(request)
+            self._passed = request.get(passing.PASSED, self._passed)
             if not isinstance(response, Written):
                 response = self._write(request, response)
             if self._front.access_log is not None:

@@ -73,7 +73,7 @@ class NativeTransport:
     async def request(self, outgoing: Outgoing) -> Tunnel:
         body = outgoing.body
         whole = body.whole() if body is not None else None
-        head = self._head(outgoing)
+        head = outgoing.head = outgoing.head or self._head(outgoing)
         if whole is not None:
             head, body = head + _framed(whole, outgoing), None
         may_retry = body is None and outgoing.method in _IDEMPOTENT

@@ -5,18 +5,24 @@ What a caller needs is told by what it asks the target for (`vouching.py`), not 
 
 from __future__ import annotations
 
+import time
+from typing import NamedTuple
+
 from aiohttp import web
 
 from lmcache_frontend.app import PATHS, POLICY, REGISTRY, TARGETS
 from lmcache_frontend.audit import CHANGE
 from lmcache_frontend.proxy import target
-from lmcache_frontend.proxy.exchange import Proxying
+from lmcache_frontend.proxy.exchange import Outgoing, Proxying
 from lmcache_frontend.proxy.headers import refuse_loops
 from lmcache_frontend.proxy.paths import Meant
-from lmcache_frontend.proxy.transport import forward
+from lmcache_frontend.proxy.target import ProxiedPath
+from lmcache_frontend.proxy.transport import as_outgoing, forward
 from lmcache_frontend.proxy.vouching import introduction, require
-from lmcache_frontend.telemetry.metrics.own import OWN_METRICS
+from lmcache_frontend.telemetry.metrics.own import OWN_METRICS, Watched
+from lmcache_shared.access.gate import caller_of
 from lmcache_shared.access.roles import Role, needs
+from lmcache_shared.address import Address
 
 
 @needs(Role.NOBODY)
@@ -41,4 +47,44 @@ async def _pass(request: Proxying, meant: Meant) -> web.StreamResponse:
     with app[OWN_METRICS].watching(wanted.address, wanted.path) as watched:
         allowed = app[POLICY].allowed(request, wanted.address)
         found = await app[TARGETS].get(allowed)
-        return watched.answered(await forward(request, found, wanted, caller, watched.traffic))
+        outgoing = as_outgoing(request, wanted, caller, watched.traffic)
+        if asked.role <= Role.VIEWER and outgoing.body is None and not caller_of(request).by_token:
+            request[PASSED] = Passed(wanted, outgoing, watched, _valid_until(app, allowed), app[REGISTRY].revision)
+        return watched.answered(await forward(request, found, wanted, outgoing, watched.traffic))
+
+
+def _valid_until(app: web.Application, address: Address) -> float:
+    return time.monotonic() + JUDGED_SECONDS if app[REGISTRY].has(address) else 0.0
+
+
+class Passed(NamedTuple):
+    """A request that was let pass: another one with the same head, on the same connection, is let pass as well.
+
+    For so short a time, and only where nothing is changed and no token is shown: then what the rules say hangs on the
+    head, on the connection, on the options and on the registry, and they need not be asked a thousand times a second.
+    """
+
+    wanted: ProxiedPath
+    outgoing: Outgoing
+    watched: Watched
+    until: float
+    revision: int
+
+
+async def again(request: Proxying, passed: Passed) -> web.StreamResponse:
+    """Pass a request on like the one before."""
+    app = request.app
+    with app[OWN_METRICS].watching_again(passed.watched) as watched:
+        found = await app[TARGETS].get(passed.wanted.address)
+        answer = await forward(request, found, passed.wanted, passed.outgoing, watched.traffic)
+        return watched.answered(answer)
+
+
+def may_pass_again(app: web.Application, passed: Passed) -> bool:
+    return passed.until > time.monotonic() and passed.revision == app[REGISTRY].revision
+
+
+PASSED = "passed"
+"""Under this key a request carries what it was let pass as."""
+
+JUDGED_SECONDS = 1.0

@@ -67,12 +67,20 @@ class Targets:
             await target.close()
 
 
-async def forward(
-    request: Proxying, target: Transport, wanted: ProxiedPath, caller: Introduction, traffic: Traffic
-) -> web.StreamResponse:
-    """Send the request on to the path that is `wanted` of `target`, and its answer back; `traffic` is counted.
+def as_outgoing(request: Proxying, wanted: ProxiedPath, caller: Introduction, traffic: Traffic) -> Outgoing:
+    """The request as the target that is `wanted` is to get it; `caller` is how that is told who asks."""
+    body = CallersBody(cast(web.Request, request), traffic) if request.body_exists else None
+    outgoing = Outgoing(request.method, wanted.path, request_fields(request, wanted.prefix, caller), body)
+    if "Upgrade" in request.headers and asks_for_upgrade(cast(web.Request, request)):
+        outgoing.upgrade = True
+        outgoing.fields.extend(FIELDS)
+    return outgoing
 
-    `caller` is how the target is told who asks.
+
+async def forward(
+    request: Proxying, target: Transport, wanted: ProxiedPath, outgoing: Outgoing, traffic: Traffic
+) -> web.StreamResponse:
+    """Send the request on to `target` as `outgoing`, and its answer back; `traffic` is counted.
 
     No body is held whole. An answer that breaks off breaks the caller's connection off too, so that half an answer
     never looks whole.
@@ -81,11 +89,6 @@ async def forward(
         Refusal: 502 when the target cannot be reached or speaks no HTTP, 503 when too many ask, 504 when it is too
             slow.
     """
-    body = CallersBody(cast(web.Request, request), traffic) if request.body_exists else None
-    outgoing = Outgoing(request.method, wanted.path, request_fields(request, wanted.prefix, caller), body)
-    if "Upgrade" in request.headers and asks_for_upgrade(cast(web.Request, request)):
-        outgoing.upgrade = True
-        outgoing.fields.extend(FIELDS)
     answer = await target.request(outgoing)
     try:
         fields = answer_fields(answer.fields, wanted)

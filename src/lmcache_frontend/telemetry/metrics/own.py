@@ -234,6 +234,10 @@ class OwnMetrics:
         self._forget_the_gone()
         return Watched(self._ended, self._targets.labels(address, path))
 
+    def watching_again(self, former: Watched) -> Watched:
+        """Count a request for the same as a former one, since which the registry has not changed."""
+        return Watched(self._ended, former.target)
+
     def _ended(self, watched: Watched, error: str | None) -> None:
         target = watched.target
         self._by_worker[0] += 1
