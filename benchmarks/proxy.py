@@ -3,14 +3,15 @@
 All of them stand before the same Unix socket, on which another nginx answers 7 bytes of JSON or a large file. They take
 turns, each with 32 keep-alive connections of one load generator, which is a process of its own; `ratio` is the median
 over the rounds of this one's requests per second by nginx's in the same round. CPU time is that of the
-worker alone. Memory is the greatest resident size that the kernel knows of the process (`VmHWM`) beyond that before the
-large body.
+worker alone, or of all processes with `--workers`. Memory is the greatest resident size that the kernel knows of the
+processes (`VmHWM`) beyond that before the large body.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import shutil
 import socket
@@ -18,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Contender:
     name: str
     port: int
     path: str
-    pid: int
+    pids: Sequence[int]
     rates: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -73,28 +74,29 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             file.truncate(options.mib << 20)
         stack.enter_context(_nginx(folder, "up", SERVED.format(folder=folder)))
         load = stack.enter_context(harness.Child.started([sys.executable, str(HERE / "proxy_host.py"), "load"]))
-        contenders = [start(stack, folder) for start in (_reference, _ours, _plain, *_dashboards(options))]
+        contenders = [start(stack, folder) for start in _starts(options)]
         for number in range(options.rounds):
             for one in contenders:
                 harness.progress(f"round {number + 1}, {one.name}")
-                cpu = _cpu(one.pid)
+                cpu = _cpu(one)
                 words = load.ask(f"small {one.port} {one.path}small 32 {options.seconds}")
                 if words[0] == "failed":
                     raise harness.BenchmarkError(f"{one.name}: {' '.join(words)}")
                 one.rates.append(int(words[0]) / float(words[1]))
                 one.p99.append(float(words[3]))
-                one.cpu.append((_cpu(one.pid) - cpu) / int(words[4]) * 1e6)
+                one.cpu.append((_cpu(one) - cpu) / int(words[4]) * 1e6)
         for number in range(options.rounds if options.mib else 0):
             for one in contenders:
                 if one.name == "dashboard" and number:
                     continue  # it holds the body whole
-                before = _memory(one.pid, "VmRSS")
-                Path(f"/proc/{one.pid}/clear_refs").write_text("5", encoding="ascii")  # the mark begins anew
+                before = _memory(one, "VmRSS")
+                for pid in one.pids:
+                    Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # the mark begins anew
                 words = load.ask(f"large {one.port} {one.path}{LARGE}")
                 one.speeds.append(int(words[0]) / float(words[1]))
                 if int(words[0]) < options.mib << 20:
                     raise harness.BenchmarkError(f"{one.name}: the large body is cut: {words[0]} bytes")
-                one.grown = max(one.grown, (_memory(one.pid, "VmHWM") - before) / 1024)
+                one.grown = max(one.grown, (_memory(one, "VmHWM") - before) / 1024)
     print()
     heads = ("", "requests/s", "ratio", "p99, ms", "ratio", "CPU, us", "ratio", "MB/s", "ratio", "MiB grown")
     print(harness.table_text(heads, [_row(one, contenders[0]) for one in contenders]))
@@ -114,14 +116,18 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
     return f"{statistics.median(mine / their for mine, their in zip(ours, theirs, strict=False)):.3f}"
 
 
-def _cpu(pid: int) -> float:
+def _cpu(one: Contender) -> float:
     """Seconds of CPU time until now."""
-    return time.clock_gettime((~pid << 3) | 2)  # clock_getcpuclockid(3)
+    return sum(time.clock_gettime((~pid << 3) | 2) for pid in one.pids)  # clock_getcpuclockid(3)
 
 
-def _memory(pid: int, key: str) -> int:
-    text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    return int(text.partition(f"{key}:")[2].split()[0])
+def _memory(one: Contender, key: str) -> int:
+    texts = [Path(f"/proc/{pid}/status").read_text(encoding="ascii") for pid in one.pids]
+    return sum(int(text.partition(f"{key}:")[2].split()[0]) for text in texts)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
 
 
 def _free_port() -> int:
@@ -153,13 +159,12 @@ def _nginx(folder: Path, name: str, rest: str) -> Iterator[int]:
     user = "user root;" if os.geteuid() == 0 else ""
     file.write_text(user + NGINX.format(folder=folder, name=name, rest=rest), encoding="utf-8")
     with _process(program, "-p", str(folder), "-c", str(file), log=folder / f"{name}.out") as process:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         deadline = time.monotonic() + START_SECONDS
-        while not (found := children.read_text(encoding="ascii").split()):
+        while not (found := _children(process.pid)):
             if time.monotonic() > deadline or process.poll() is not None:
                 raise harness.BenchmarkError((folder / f"{name}.out").read_text(errors="replace")[:300] or "no nginx")
             time.sleep(0.05)
-        yield int(found[0])
+        yield found[0]
 
 
 def _ready(one: Contender) -> Contender:
@@ -174,22 +179,30 @@ def _ready(one: Contender) -> Contender:
 
 def _reference(stack: contextlib.ExitStack, folder: Path) -> Contender:
     port = _free_port()
-    return _ready(Contender("nginx", port, "/", stack.enter_context(_nginx(folder, "proxy", PROXY.format(**locals())))))
+    worker = stack.enter_context(_nginx(folder, "proxy", PROXY.format(**locals())))
+    return _ready(Contender("nginx", port, "/", [worker]))
 
 
-def _ours(stack: contextlib.ExitStack, folder: Path) -> Contender:
+def _ours(stack: contextlib.ExitStack, folder: Path, workers: int = 1) -> Contender:
     port = _free_port()
     nodes = f'[{{"name": "up", "host": "localhost", "port": "{folder}/up"}}]'
     command = [sys.executable, "-m", "lmcache_frontend", "--host", "127.0.0.1", "--port", str(port), "--nodes", nodes]
-    process = stack.enter_context(_process(*command, "--registry", "memory", log=folder / "ours.log"))
-    return _ready(Contender("frontend", port, "/proxy2/up/", process.pid))
+    log = folder / f"ours{workers}.log"
+    process = stack.enter_context(_process(*command, "--registry", "memory", "--workers", str(workers), log=log))
+    deadline = time.monotonic() + START_SECONDS
+    while b"serves on" not in log.read_bytes():
+        if time.monotonic() > deadline or process.poll() is not None:
+            raise harness.BenchmarkError(log.read_text(errors="replace")[:300] or "the frontend does not start")
+        time.sleep(0.05)
+    name = "frontend" if workers == 1 else f"frontend, {workers} workers"
+    return Contender(name, port, "/proxy2/up/", [process.pid, *_children(process.pid)])
 
 
 def _plain(stack: contextlib.ExitStack, folder: Path) -> Contender:
     port = _free_port()
     command = [sys.executable, str(HERE / "proxy_host.py"), "plain", str(port), f"{folder}/up"]
     return _ready(
-        Contender("plain aiohttp", port, "/", stack.enter_context(_process(*command, log=folder / "plain.log")).pid)
+        Contender("plain aiohttp", port, "/", [stack.enter_context(_process(*command, log=folder / "plain.log")).pid])
     )
 
 
@@ -199,11 +212,12 @@ def _dashboard(stack: contextlib.ExitStack, folder: Path) -> Contender:
     command = [DASHBOARD, "-m", "lmcache.lmcache_frontend.app", "--host", "127.0.0.1", "--port", str(port)]
     process = stack.enter_context(_process(*command, "--nodes", nodes, log=folder / "dashboard.log"))
     quoted = f"{folder}/up".replace("/", "%252F")
-    return _ready(Contender("dashboard", port, f"/proxy/localhost/{quoted}/", process.pid))
+    return _ready(Contender("dashboard", port, f"/proxy/localhost/{quoted}/", [process.pid]))
 
 
-def _dashboards(options: argparse.Namespace) -> list[Any]:
-    return [_dashboard] if options.dashboard else []
+def _starts(options: argparse.Namespace) -> list[Callable[[contextlib.ExitStack, Path], Contender]]:
+    several = [functools.partial(_ours, workers=options.workers)] if options.workers > 1 else []
+    return [_reference, _ours, *several, _plain, *([_dashboard] if options.dashboard else [])]
 
 
 def main() -> int:
@@ -211,6 +225,7 @@ def main() -> int:
     harness.count_option(parser, "--rounds", 3, 20, "rounds, of which each has everyone's turn")
     parser.add_argument("--seconds", type=float, default=3.0, help="of one turn (default: %(default)s)")
     parser.add_argument("--mib", type=int, default=1024, help="of the large body; 0 for none (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="the frontend with so many processes, too")
     parser.add_argument("--dashboard", action="store_true", help=f"LMCache's bundled dashboard too ({DASHBOARD})")
     return harness.run("proxy", parser, measure)
 
