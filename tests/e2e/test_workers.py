@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -31,13 +32,16 @@ MANY = 40
 
 
 class Target(BaseHTTPRequestHandler):
-    """Answers with what it was asked; `/slow` after a while."""
+    """Answers with what it was asked; `/held` when it may."""
 
     protocol_version = "HTTP/1.1"
+    held: queue.SimpleQueue[str] = queue.SimpleQueue()
+    may = threading.Event()
 
     def do_GET(self) -> None:
-        if self.path == "/slow":
-            time.sleep(0.4)
+        if self.path == "/held":
+            self.held.put(self.path)
+            self.may.wait(20)
         self._answer({"path": self.path})
 
     def do_POST(self) -> None:
@@ -322,19 +326,19 @@ def test_a_worker_that_is_killed_leaves_no_hole_and_comes_again(target: int) -> 
 
 
 def test_sigterm_ends_all_and_lets_requests_in_flight_end(target: int) -> None:
-    with frontend(target) as found:
-        pids = [found.child.pid, *found.workers]
-        held = [found.connect() for _ in range(10)]
+    with frontend(target) as found, contextlib.ExitStack() as stack:
+        workers = found.workers
+        held = [stack.enter_context(contextlib.closing(found.connect())) for _ in range(10)]
         for connection in held:
-            connection.request("GET", "/proxy2/up/slow")
-        until(lambda: sum(1 for connection in held if found.owner(connection)) == 10)
-        time.sleep(0.1)  # the requests are with the target
+            connection.request("GET", "/proxy2/up/held")
+        for _ in held:
+            Target.held.get(timeout=20)
         found.child.send_signal(signal.SIGTERM)
-        for connection in held:
-            assert connection.getresponse().read() == b'{"path": "/slow"}'
-            connection.close()
+        read_until(found.child, "stopping")
+        Target.may.set()
+        assert {connection.getresponse().read() for connection in held} == {b'{"path": "/held"}'}
         assert found.child.wait(20) == 0
-        assert wait_until_gone(pids[1:], 0.5) == []
+        assert wait_until_gone(workers, 0.5) == []
         with pytest.raises(ConnectionRefusedError):
             get(found.port, "/proxy2/up/")
 

@@ -14,7 +14,7 @@ import socket
 from typing import cast
 
 from lmcache_frontend.proxy.front import Others
-from lmcache_frontend.workers.channel import Channel, Kind
+from lmcache_frontend.workers.channel import NO_FILE, Channel, Kind
 from lmcache_shared.errors import Refusal
 
 logger = logging.getLogger(__name__)
@@ -68,13 +68,16 @@ class _Leaving(asyncio.Protocol):
             self._timer.cancel()
 
     def _go(self) -> None:
-        if self._channel.waiting >= MAX_WAITING:
+        file = NO_FILE
+        if self._channel.waiting < MAX_WAITING:
+            with contextlib.suppress(OSError):  # no room for one more open file
+                file = os.dup(self._transport.get_extra_info("socket").fileno())
+        if file == NO_FILE:
             self._transport.write(_plain(_BUSY))
             self._transport.close()
-            return
-        file = os.dup(self._transport.get_extra_info("socket").fileno())
-        self._transport.abort()  # closes this process' end alone
-        self._channel.send(Kind.CONNECTION, self._data, file)
+        else:
+            self._transport.abort()  # closes this process' end alone
+            self._channel.send(Kind.CONNECTION, self._data, file)
 
 
 def _plain(refusal: Refusal) -> bytes:
@@ -111,9 +114,11 @@ class Adopting:
         sock.setblocking(False)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(lambda: _Adopted(self._others, data), sock)
-        except OSError as error:
-            logger.info("a connection of a worker was lost: %s", error.strerror or error)
+        except BaseException as error:
             sock.close()
+            if not isinstance(error, OSError):
+                raise
+            logger.info("a connection of a worker was lost: %s", error.strerror or error)
 
     async def close(self) -> None:
         for task in list(self._tasks):

@@ -310,8 +310,12 @@ class _Place:
         if self._has_served and not self._standing_in:
             loop = asyncio.get_running_loop()
             for sock in self._sockets:
-                server = await loop.create_server(self._serve, sock=ports.duplicate(sock), backlog=BACKLOG)
-                self._standing_in.append(server)
+                try:
+                    server = await loop.create_server(self._serve, sock=ports.duplicate(sock), backlog=BACKLOG)
+                except OSError as error:
+                    logger.warning("callers of worker %d wait for it: %s", self.number, error.strerror or error)
+                else:
+                    self._standing_in.append(server)
 
     def _end_standing_in(self) -> None:
         for server in self._standing_in:
