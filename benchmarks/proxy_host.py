@@ -1,17 +1,21 @@
 """The processes beside `proxy.py`: the load generator, and a plain proxy as anybody would write one with aiohttp.
 
 proxy_host.py load: each line of standard input is a question, answered with one line of words:
-`small <port> <path> <connections> <seconds>` → requests, seconds,
-p50 and p99 in milliseconds, answers with those of the warm-up;
-`large <port> <path>` → bytes, seconds.
+`small <port> <path> <connections> <seconds> <varied>` → requests, seconds,
+p50 and p99 in milliseconds, answers with those of the warm-up; with `varied` 1 each request has a field of its own;
+`large <port> <path>` → bytes, seconds;
+`upload <port> <path> <MiB>` → bytes, seconds.
 proxy_host.py plain <port> <socket>
+proxy_host.py sink <socket>: reads each request's sized body, and answers then
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import sys
+import threading
 import time
 
 import aiohttp
@@ -19,13 +23,16 @@ import uvloop
 from aiohttp import web
 
 WARM_UP_SECONDS = 0.5
+IDS = itertools.count(100_000)
+PIECE = bytes(1 << 20)
 
 
 class Caller(asyncio.Protocol):
     """A keep-alive connection that asks again as soon as it is answered."""
 
-    def __init__(self, request: bytes, times: list[float]) -> None:
+    def __init__(self, request: bytes, times: list[float], varied: bool) -> None:
         self.request = request
+        self.varied = varied
         self.times = times
         self.counts = self.stopped = False
         self.answers = 0
@@ -41,7 +48,10 @@ class Caller(asyncio.Protocol):
     def _ask(self) -> None:
         self._got, self._whole = b"", 0
         self._asked = time.perf_counter()
-        self._transport.write(self.request)  # type: ignore[attr-defined]
+        request = self.request
+        if self.varied:
+            request = b"%bX-Request-Id: %d\r\n\r\n" % (request[:-2], next(IDS))
+        self._transport.write(request)  # type: ignore[attr-defined]
 
     def data_received(self, data: bytes) -> None:
         self._got = self._got + data if self._got else data
@@ -68,12 +78,13 @@ class Caller(asyncio.Protocol):
             self.failed = self.failed or f"connection lost: {exc}"
 
 
-async def small(port: int, path: str, connections: int, seconds: float) -> str:
+async def small(port: int, path: str, connections: int, seconds: float, varied: bool) -> str:
     loop = asyncio.get_running_loop()
     times: list[float] = []
     request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUser-Agent: load\r\nAccept: */*\r\n\r\n".encode()
     pairs = [
-        await loop.create_connection(lambda: Caller(request, times), "127.0.0.1", port) for _ in range(connections)
+        await loop.create_connection(lambda: Caller(request, times, varied), "127.0.0.1", port)
+        for _ in range(connections)
     ]
     await asyncio.sleep(WARM_UP_SECONDS)
     for _, caller in pairs:
@@ -105,11 +116,53 @@ def large(port: int, path: str) -> str:
         return f"{count} {time.perf_counter() - began}"
 
 
+def upload(port: int, path: str, mib: int) -> str:
+    """One large body, until its answer is there."""
+    with socket.create_connection(("127.0.0.1", port), 60) as sock:
+        head = (
+            f"PUT {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {mib << 20}\r\nConnection: close\r\n\r\n"
+        )
+        began = time.perf_counter()
+        sock.sendall(head.encode())
+        for _ in range(mib):
+            sock.sendall(PIECE)
+        answer = sock.recv(1000)
+        took = time.perf_counter() - began
+    return f"{mib << 20} {took}" if answer.startswith(b"HTTP/1.1 200") else f"failed {answer[:60]!r}".replace(" ", "_")
+
+
+def sink(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen(16)
+        while True:
+            threading.Thread(target=_swallow, args=(server.accept()[0],), daemon=True).start()
+
+
+def _swallow(sock: socket.socket) -> None:
+    buffer = bytearray(1 << 20)
+    with sock, sock.makefile("rb", buffering=0) as stream:
+        while True:
+            data = b""
+            while b"\r\n\r\n" not in data:
+                piece = sock.recv(65536)
+                if not piece:
+                    return
+                data += piece
+            head, _, body = data.partition(b"\r\n\r\n")
+            rest = int(head.lower().partition(b"content-length: ")[2].split(b"\r", 1)[0]) - len(body)
+            while rest and (count := stream.readinto(buffer)):
+                rest -= count
+            sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+
 def load() -> None:
     for line in sys.stdin:
         kind, port, path, *rest = line.split()
         if kind == "small":
-            print(uvloop.run(small(int(port), path, int(rest[0]), float(rest[1]))), flush=True)
+            print(uvloop.run(small(int(port), path, int(rest[0]), float(rest[1]), rest[2] == "1")), flush=True)
+        elif kind == "upload":
+            print(upload(int(port), path, int(rest[0])), flush=True)
         else:
             print(large(int(port), path), flush=True)
 
@@ -139,5 +192,7 @@ async def plain(port: int, path: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "load":
         load()
+    elif sys.argv[1] == "sink":
+        sink(sys.argv[2])
     else:
         uvloop.run(plain(int(sys.argv[2]), sys.argv[3]))

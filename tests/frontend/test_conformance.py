@@ -1,4 +1,4 @@
-"""What HTTP/1.1 asks of a proxy, with a bare socket on both sides, over both transports.
+"""What HTTP/1.1 asks of a proxy, with a bare socket on both sides, on each way in and over both transports.
 
 `test_proxy.py` asks the same of the native one with a client's help; what it shows is not shown again.
 """
@@ -9,8 +9,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from aiohttp import web
 
 from lmcache_api.pytest_plugin import free_port
+from lmcache_frontend import server
 from lmcache_frontend.proxy import limits, transport
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.plain import PlainTransport
@@ -25,11 +27,14 @@ Ask = Callable[[bytes], "asyncio.Future[bytes]"]
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
-@pytest.fixture(autouse=True, params=["native", "plain"])
+@pytest.fixture(autouse=True, params=["front-native", "aiohttp-native", "aiohttp-plain"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each test runs over both transports; no node is checked meanwhile."""
+    """Each test runs by the front and by aiohttp's server, over both transports; no node is checked meanwhile."""
     monkeypatch.setattr(HealthBoard, "start", lambda board: None)
-    if request.param == "plain":
+    way, _, kind = request.param.partition("-")
+    if way == "aiohttp":
+        monkeypatch.setattr(server, "FrontedRunner", web.AppRunner)
+    if kind == "plain":
 
         def plain(address: Address, room: Room) -> PlainTransport:
             return PlainTransport(address)
@@ -37,7 +42,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr(transport, "NativeTransport", plain)
     else:
         assert transport.NativeTransport is NativeTransport
-    return str(request.param)
+    return str(kind)
 
 
 class Between:
@@ -164,7 +169,9 @@ async def test_a_chunked_body_stays_chunked_and_its_trailers_are_dropped(
 
 async def test_expect_is_answered_here_before_the_body_comes(between: Between, bodies: list[bytes]) -> None:
     reader, writer = await between.connect()
-    writer.write(b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n")
+    writer.write(
+        b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n"
+    )
     assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
     writer.write(b"body")
     assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).startswith(b"HTTP/1.1 200 ")

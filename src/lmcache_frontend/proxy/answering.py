@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from email.utils import formatdate
+from typing import NamedTuple
 
 from aiohttp import HttpVersion11, web
 from aiohttp.http import SERVER_SOFTWARE
@@ -45,21 +46,30 @@ class Written(web.StreamResponse):
         self._eof_sent = True
 
 
-async def send_back(request: Proxying, answer: Answer, fields: list[tuple[bytes, bytes]], traffic: Traffic) -> Written:
-    """Send an answer with these fields to the caller, piece by piece.
+class Opening(NamedTuple):
+    """How an answer begins, and how its body is framed."""
 
-    Raises:
-        BrokenOff: the answer ends before its end; the caller's connection is to be broken off as well.
-        ConnectionError: the caller is gone.
-    """
+    head: bytes
+    is_chunked: bool
+    keep_alive: bool
+
+
+def opening_of(request: Proxying, answer: Answer, fields: list[tuple[bytes, bytes]]) -> Opening:
+    """How an answer with these fields begins."""
+    names = {name.lower(): value for name, value in fields}
     has_body = request.method != "HEAD" and answer.status not in (204, 304)
-    names = {name.lower() for name, _ in fields}
-    is_sized = b"content-length" in names
+    length = names.get(b"content-length")
     is_11 = request.version >= HttpVersion11
-    is_chunked = has_body and not is_sized and is_11
-    keep_alive = request.keep_alive and (is_11 or is_sized or not has_body)  # HTTP/1.0 knows no other end of a body
-    piece, is_end = answer.take()
-    head = _head(answer, fields, names, has_body and not (is_end and not piece and is_sized))
+    is_chunked = has_body and length is None and is_11
+    keep_alive = request.keep_alive and (
+        is_11 or length is not None or not has_body
+    )  # HTTP/1.0: no other end of a body
+    head = [b"HTTP/1.1 %d %b\r\n" % (answer.status, answer.reason), *[b"%b: %b\r\n" % field for field in fields]]
+    if b"date" not in names:
+        head.append(f"Date: {formatdate(time.time(), usegmt=True)}\r\n".encode())  # RFC 9110, section 6.6.1
+    if has_body and length != b"0" and b"content-type" not in names:
+        head.append(b"Content-Type: application/octet-stream\r\n")
+    head.append(_SANDBOX)
     if is_chunked:
         head.append(b"Transfer-Encoding: chunked\r\n")
     if not keep_alive:
@@ -67,12 +77,23 @@ async def send_back(request: Proxying, answer: Answer, fields: list[tuple[bytes,
     elif not is_11:
         head.append(b"Connection: keep-alive\r\n")
     head.append(b"\r\n")
-    if is_end:
-        answer.release()  # for the next request, before this one's caller has read anything
+    return Opening(b"".join(head), is_chunked, keep_alive)
+
+
+async def send_back(request: Proxying, answer: Answer, opening: Opening, traffic: Traffic) -> Written:
+    """Send an answer that begins so to the caller, piece by piece.
+
+    Raises:
+        BrokenOff: the answer ends before its end; the caller's connection is to be broken off as well.
+        ConnectionError: the caller is gone.
+    """
+    start, is_chunked, keep_alive = opening
     transport, protocol = request.transport, request.protocol
     if transport is None:
         raise ConnectionResetError("the caller is gone")
-    start = b"".join(head)
+    piece, is_end = answer.take()
+    if is_end:
+        answer.release()  # for the next request, before this one's caller has read anything
     while True:
         traffic.received += len(piece)
         before, after = _framing(len(piece), is_end) if is_chunked else (b"", b"")
@@ -113,16 +134,6 @@ def _framing(size: int, is_end: bool) -> tuple[bytes, bytes]:
     """What stands before and behind a piece of a chunked body (RFC 9112, section 7.1)."""
     last = b"0\r\n\r\n" if is_end else b""
     return (b"%x\r\n" % size, b"\r\n" + last) if size else (b"", last)
-
-
-def _head(answer: Answer, fields: list[tuple[bytes, bytes]], names: set[bytes], has_body: bool) -> list[bytes]:
-    head = [b"HTTP/1.1 %d %b\r\n" % (answer.status, answer.reason), *[b"%b: %b\r\n" % field for field in fields]]
-    if b"date" not in names:
-        head.append(f"Date: {formatdate(time.time(), usegmt=True)}\r\n".encode())  # RFC 9110, section 6.6.1
-    if has_body and b"content-type" not in names:
-        head.append(b"Content-Type: application/octet-stream\r\n")
-    head.append(_SANDBOX)
-    return head
 
 
 @contextlib.contextmanager

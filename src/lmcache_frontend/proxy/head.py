@@ -100,7 +100,9 @@ class Heads:
     def may_become_one(self, data: bytes) -> bool:
         """Whether what came of a head is HTTP up to here."""
         self._begin()
-        return self._fed(data) and b"#" not in self._url
+        may = self._fed(data)
+        self._begin()
+        return may
 
     def _read(self, data: bytes) -> Head | None:
         if len(data) > MAX_HEAD_BYTES:

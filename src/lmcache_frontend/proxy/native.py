@@ -39,6 +39,9 @@ _WITHOUT_BODY = frozenset({204, 304})
 
 _TOO_LONG = f"a head of more than {limits.MAX_HEAD_BYTES >> 10} KiB"
 
+MAX_REMEMBERED_BYTES = 2048
+"""Of a head that is compared with the next one."""
+
 
 class Room:
     """How many connections there are to all targets together."""
@@ -68,6 +71,7 @@ class NativeTransport:
         host = "localhost"
         if isinstance(address, TcpAddress):  # an IPv6 scope is for this machine alone (RFC 6874)
             host = str(TcpAddress(address.host.partition("%")[0], address.port))
+        self._said = Said()
         self._after_path = f" HTTP/1.1\r\nHost: {host}\r\n".encode()
 
     async def request(self, outgoing: Outgoing) -> Tunnel:
@@ -143,7 +147,7 @@ class NativeTransport:
         connection = None
         try:
             connection = await connect(
-                self.address, lambda: _Connection(self.address, self._left), limits.CONNECT_SECONDS
+                self.address, lambda: _Connection(self.address, self._left, self._said), limits.CONNECT_SECONDS
             )
         except asyncio.TimeoutError:
             raise self._breaker.failed(timed_out(self.address)) from None
@@ -230,10 +234,34 @@ class _Stale(Exception):
     """The connection ended before the first byte of an answer."""
 
 
+class Said:
+    """How a target's last answer to a GET began. While it says the same, byte for byte, nothing is parsed.
+
+    So it is when one thing is asked of it often: heads differ in `Date`, once a second.
+    """
+
+    def __init__(self) -> None:
+        self.head = b""
+        self.status = 0
+        self.reason = b""
+        self.fields: Fields = ()
+        self.length = 0
+
+    def begins(self, data: bytes) -> bool:
+        return bool(self.head) and data.startswith(self.head)
+
+    def remember(self, data: bytes, answer: _Connection, length: int) -> None:
+        """The answer has come whole, as `data`."""
+        end = data.find(b"\r\n\r\n") + 4
+        if data.startswith(b"HTTP/1.1 2") and len(data) == end + length and end <= MAX_REMEMBERED_BYTES:
+            self.head, self.length = data[:end], length
+            self.status, self.reason, self.fields = answer.status, answer.reason, answer.fields
+
+
 class _Connection(asyncio.Protocol):
     """One connection, and the answer that it reads, or the tunnel that it becomes: a `Tunnel`."""
 
-    def __init__(self, address: Address, left: Callable[[_Connection], None]) -> None:
+    def __init__(self, address: Address, left: Callable[[_Connection], None], said: Said) -> None:
         self.is_reused = False
         self.counts = False
         self.used_at = 0.0
@@ -243,6 +271,7 @@ class _Connection(asyncio.Protocol):
         self._fields: list[tuple[bytes, bytes]] = []
         self._address = address
         self._left = left
+        self._said = said
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
@@ -398,26 +427,50 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._rest:
             self._take_rest(data)
+            self._wake()
         elif self._is_tunnel:
             self.on_body(data)
+            self._wake()
         elif self._ended or not self._in_use or self._parser is None:
             self._keep = False  # nobody asked
             self.abort()
+            self._wake()
+        elif self._said.begins(data) and not self._received and self._method == "GET":
+            self._take_known(self._said, data)
         else:
-            had_head, size = self._has_head, self._size
-            self._received += len(data)
-            self._parse(self._parser, data)
-            if self._has_head and (not had_head or self._size != size):
-                self._received = 0
-            elif self._received > limits.MAX_HEAD_BYTES and not self._ended:
-                self._fail_reading(_TOO_LONG)
-            if not self._has_head and self._error is None:
-                return
-            if self._has_head and not self._ended:
-                self._expect(limits.IDLE_SECONDS)
-                if self._length is not None and not self._is_tunnel and self._error is None:
-                    self._rest = self._length - self._size
-                    self._parser = None  # the rest passes it by
+            self._read(self._parser, data)
+
+    def _read(self, parser: httptools.HttpResponseParser, data: bytes) -> None:
+        had_head, size = self._has_head, self._size
+        self._received += len(data)
+        self._parse(parser, data)
+        if self._has_head and (not had_head or self._size != size):
+            self._received = 0
+        elif self._received > limits.MAX_HEAD_BYTES and not self._ended:
+            self._fail_reading(_TOO_LONG)
+        if not self._has_head and self._error is None:
+            return
+        if self._ended:
+            if not had_head and self._keep and self._length is not None and self._method == "GET":
+                self._said.remember(data, self, self._length)
+        elif self._has_head:
+            self._expect(limits.IDLE_SECONDS)
+            if self._length is not None and not self._is_tunnel and self._error is None:
+                self._rest = self._length - self._size
+                self._parser = None  # the rest passes it by
+        self._wake()
+
+    def _take_known(self, said: Said, data: bytes) -> None:
+        """An answer that begins like the one before."""
+        self._received = len(data)
+        self._has_head = True
+        self.status, self.reason, self.fields = said.status, said.reason, said.fields
+        self._length = self._rest = said.length
+        self._ended = not said.length
+        if len(data) > len(said.head):
+            self._take_rest(data[len(said.head) :])
+        else:
+            self._expect(limits.IDLE_SECONDS)
         self._wake()
 
     def _take_rest(self, data: bytes) -> None:

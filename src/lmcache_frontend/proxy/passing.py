@@ -6,7 +6,7 @@ What a caller needs is told by what it asks the target for (`vouching.py`), not 
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from aiohttp import web
 
@@ -17,7 +17,7 @@ from lmcache_frontend.proxy.exchange import Outgoing, Proxying
 from lmcache_frontend.proxy.headers import refuse_loops
 from lmcache_frontend.proxy.paths import Meant
 from lmcache_frontend.proxy.target import ProxiedPath
-from lmcache_frontend.proxy.transport import as_outgoing, forward
+from lmcache_frontend.proxy.transport import Known, as_outgoing, forward
 from lmcache_frontend.proxy.vouching import introduction, require
 from lmcache_frontend.telemetry.metrics.own import OWN_METRICS, Watched
 from lmcache_shared.access.gate import caller_of
@@ -49,7 +49,9 @@ async def _pass(request: Proxying, meant: Meant) -> web.StreamResponse:
         found = await app[TARGETS].get(allowed)
         outgoing = as_outgoing(request, wanted, caller, watched.traffic)
         if asked.role <= Role.VIEWER and outgoing.body is None and not caller_of(request).by_token:
-            request[PASSED] = Passed(wanted, outgoing, watched, _valid_until(app, allowed), app[REGISTRY].revision)
+            request[PASSED] = Passed(
+                wanted, outgoing, watched, _valid_until(app, allowed), app[REGISTRY].revision, Known()
+            )
         return watched.answered(await forward(request, found, wanted, outgoing, watched.traffic))
 
 
@@ -69,6 +71,7 @@ class Passed(NamedTuple):
     watched: Watched
     until: float
     revision: int
+    known: Known
 
 
 async def again(request: Proxying, passed: Passed) -> web.StreamResponse:
@@ -76,7 +79,7 @@ async def again(request: Proxying, passed: Passed) -> web.StreamResponse:
     app = request.app
     with app[OWN_METRICS].watching_again(passed.watched) as watched:
         found = await app[TARGETS].get(passed.wanted.address)
-        answer = await forward(request, found, passed.wanted, passed.outgoing, watched.traffic)
+        answer = await forward(request, found, passed.wanted, passed.outgoing, watched.traffic, passed.known)
         return watched.answered(answer)
 
 
@@ -84,7 +87,7 @@ def may_pass_again(app: web.Application, passed: Passed) -> bool:
     return passed.until > time.monotonic() and passed.revision == app[REGISTRY].revision
 
 
-PASSED = "passed"
-"""Under this key a request carries what it was let pass as."""
+PASSED: Any = web.RequestKey("passed", Passed) if hasattr(web, "RequestKey") else "lmcache_passed"
+"""Under this key a request carries what it was let pass as; aiohttp before 3.14 knows texts alone."""
 
 JUDGED_SECONDS = 1.0
