@@ -105,19 +105,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for one in contenders:
                 if one.name == "dashboard" and number:
                     continue  # it holds the body whole
-                before = one.memory("VmRSS")
-                for pid in (one.pid, *one.workers):
-                    Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # the mark begins anew
-                words = load.ask(f"large {one.port} {one.path}{LARGE}")
-                one.speeds.append(int(words[0]) / float(words[1]))
-                if int(words[0]) < options.mib << 20:
-                    raise harness.BenchmarkError(f"{one.name}: the large body is cut: {words[0]} bytes")
-                one.grown = max(one.grown, (one.memory("VmHWM") - before) / 1024)
-                if one.sink:
-                    words = load.ask(f"upload {one.port} {one.sink} {options.mib}")
-                    if words[0] == "failed":
-                        raise harness.BenchmarkError(f"{one.name}: {' '.join(words)}")
-                    one.uploads.append(int(words[0]) / float(words[1]))
+                _large(load, one, options.mib)
     print()
     heads = (
         "",
@@ -135,6 +123,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     print(harness.table_text(heads, [_row(one, contenders[0]) for one in contenders]))
     return {"machine": machine, "contenders": [vars(one) for one in contenders]}
+
+
+def _large(load: harness.Child, one: Contender, mib: int) -> None:
+    """A large body down, and one up."""
+    before = one.memory("VmRSS")
+    for pid in (one.pid, *one.workers):
+        Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # the mark begins anew
+    words = load.ask(f"large {one.port} {one.path}{LARGE}")
+    one.speeds.append(int(words[0]) / float(words[1]))
+    if int(words[0]) < mib << 20:
+        raise harness.BenchmarkError(f"{one.name}: the large body is cut: {words[0]} bytes")
+    one.grown = max(one.grown, (one.memory("VmHWM") - before) / 1024)
+    if one.sink:
+        words = load.ask(f"upload {one.port} {one.sink} {mib}")
+        if words[0] == "failed":
+            raise harness.BenchmarkError(f"{one.name}: {' '.join(words)}")
+        one.uploads.append(int(words[0]) / float(words[1]))
 
 
 def _row(one: Contender, nginx: Contender) -> list[str]:

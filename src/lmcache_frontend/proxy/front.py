@@ -143,7 +143,8 @@ class _Request(dict[Any, Any]):
 
     @property
     def host(self) -> str:
-        return self.headers.get("Host") or self.protocol.own_host
+        host = self.headers.get("Host")
+        return self.protocol.own_host if host is None else host
 
     @property
     def path(self) -> str:
@@ -159,7 +160,7 @@ class _Request(dict[Any, Any]):
 
     @property
     def query(self) -> Mapping[str, str]:
-        return self.head.url.query
+        return self.head.query
 
 
 class _Connection(asyncio.Protocol):
@@ -203,7 +204,9 @@ class _Connection(asyncio.Protocol):
     def own_host(self) -> str:
         """As `web.Request.host` is for who names none."""
         name = self.transport.get_extra_info("sockname") if self.transport is not None else None
-        return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "")
+        if isinstance(name, tuple):
+            return f"[{name[0]}]" if len(name) == 4 else str(name[0])
+        return str(name or "")
 
     def close_if_idle(self) -> None:
         if self.task is None and self.transport is not None:
@@ -306,7 +309,9 @@ class _Connection(asyncio.Protocol):
             if self._front.access_log is not None:
                 self._front.access_log.log(cast(Any, request), response, self._loop.time() - began)
         except ConnectionError:
-            return  # the caller is gone
+            if self.transport is not None:
+                self.transport.abort()
+            return
         except asyncio.CancelledError:
             return
         finally:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import httptools
 from aiohttp import HttpVersion, HttpVersion10, HttpVersion11
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy, MultiDict, MultiDictProxy, MultiMapping
 from yarl import URL
 
 MAX_HEAD_BYTES = 8190
@@ -42,6 +42,8 @@ _ONCE = frozenset(
 )
 """Fields that aiohttp's server refuses when they are repeated."""
 
+_NO_QUERY: MultiDictProxy[str] = MultiDictProxy(MultiDict())
+
 
 class Head:
     """What a head says; the same for each request that has the same bytes.
@@ -57,16 +59,17 @@ class Head:
         self.keep_alive = keep_alive
         self.raw_headers = fields
         self.is_named = path.startswith("/proxy2/")
-
-    @cached_property
-    def headers(self) -> CIMultiDictProxy[str]:
-        texts = ((name.decode("ascii"), value.decode("utf-8", "surrogateescape")) for name, value in self.raw_headers)
-        return CIMultiDictProxy(CIMultiDict(texts))
+        texts = [(name.decode("ascii"), value.decode("utf-8", "surrogateescape")) for name, value in fields]
+        self.headers = CIMultiDictProxy(CIMultiDict(texts))
 
     @cached_property
     def url(self) -> URL:
         path, _, query = self.raw_path.partition("?")
         return URL.build(path=path, query_string=query, encoded=True)
+
+    @property
+    def query(self) -> MultiMapping[str]:
+        return self.url.query if "?" in self.raw_path else _NO_QUERY
 
 
 class Heads:

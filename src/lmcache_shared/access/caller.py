@@ -74,11 +74,11 @@ def _connects_from_here(request: Asking) -> bool:
     transport = request.transport
     if transport is None:
         return False
-    sock = transport.get_extra_info("socket")
-    if sock is not None and sock.family == socket.AF_UNIX:
-        return True
     peer = transport.get_extra_info("peername")
-    return isinstance(peer, tuple) and is_loopback_host(str(peer[0]))
+    if isinstance(peer, tuple):
+        return is_loopback_host(str(peer[0]))
+    sock = transport.get_extra_info("socket")
+    return sock is not None and sock.family == socket.AF_UNIX
 
 
 def seen_address(request: Asking) -> str:
