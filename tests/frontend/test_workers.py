@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from typing import cast
@@ -17,14 +18,17 @@ from hypothesis import strategies as st
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Node, Proxy, Reach
 from lmcache_frontend.nodes.registry import Registry, view_of
 from lmcache_frontend.options import Options, read_options
-from lmcache_frontend.workers import snapshot
+from lmcache_frontend.pytest_plugin import StartFrontend
+from lmcache_frontend.workers import snapshot, supervisor
 from lmcache_frontend.workers.adopting import MAX_WAITING, Adopting, sending_over
 from lmcache_frontend.workers.channel import NO_FILE, Channel, Kind
 from lmcache_frontend.workers.worker import Start
 from lmcache_shared import address
 from lmcache_shared.address import Address
 from lmcache_shared.errors import ConfigError
+from tests.e2e.processes import children_of
 from tests.frontend.registries import entries, registry_of
+from tests.frontend.upstream import Upstream, raw, serving
 
 NAMES = st.sampled_from(["a", "b", "c", "ü/ %2F", "x" * 255])
 TOKENS = st.none() | st.just("secret")
@@ -273,3 +277,38 @@ async def test_a_file_that_did_not_come_is_told() -> None:
         worker.channel.send(Kind.CONNECTION, b"lost")
         await main.until(1)
         assert main.frames == [(Kind.CONNECTION, b"lost", NO_FILE)]
+
+
+async def test_a_server_in_somebodys_loop_has_workers_too(frontend_server: StartFrontend) -> None:
+    async with serving(Upstream()) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node], workers=2)
+        await frontend.server.workers.ready()
+        assert frontend.server.workers.count() == 2
+        for path in ("/proxy2/upstream/", "/health", "/proxy2/upstream/") * 10:
+            assert b"HTTP/1.1 200 OK\r\n" in await raw(frontend.server.address.port, closing(path))
+        (worker,) = children_of(os.getpid())
+        os.kill(worker, signal.SIGKILL)
+        for path in ("/proxy2/upstream/", "/health") * 10:
+            with contextlib.suppress(ConnectionError):
+                answer = await raw(frontend.server.address.port, closing(path))
+                assert not answer or b"HTTP/1.1 200 OK\r\n" in answer, "it had the connection in its hands"
+        await frontend.server.stop()
+        assert children_of(os.getpid()) == []
+
+
+def closing(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+
+
+async def test_a_worker_that_hangs_is_killed(
+    frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    frontend = await frontend_server(workers=2)
+    workers = frontend.server.workers
+    await workers.ready()
+    (worker,) = children_of(os.getpid())
+    os.kill(worker, signal.SIGSTOP)
+    monkeypatch.setattr(supervisor, "SILENT_SECONDS", 0.3)
+    while workers.count() > 1:
+        await asyncio.sleep(0.05)
+    assert "worker 1 has said nothing for 0.3 seconds; it is killed" in caplog.text

@@ -53,6 +53,10 @@ FIRST_PAUSE_SECONDS = 0.5
 MAX_PAUSE_SECONDS = 30.0
 """Before a worker is started again; doubled each time, until one has lasted for as long as the longest."""
 
+SILENT_SECONDS = 30.0
+"""A worker that serves and has said nothing for so long hangs, and is killed: its callers wait in vain. It is asked for
+a word every second (`worker.COUNT_SECONDS`)."""
+
 END_SECONDS = DRAIN_SECONDS + SEND_SECONDS + 1.0
 """How long a worker may take to end; then it is killed."""
 
@@ -162,6 +166,7 @@ class Workers:
                 self._covered = revision
             for worker in self._workers:
                 worker.tell(self._number, self._snapshot)
+                worker.watch()
             self._progress.set()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), LOOK_SECONDS)
@@ -207,6 +212,7 @@ class _Place:
         self._gone = asyncio.Event()
         self._has_served = self._stopping = False
         self._standing_in: list[asyncio.AbstractServer] = []
+        self._looks_in_silence = 0
 
     async def run(self) -> None:
         """Have a worker in this place, one after the other."""
@@ -228,6 +234,14 @@ class _Place:
         if self._channel is not None and self.told == self.knows != number:
             self.told = number
             self._channel.send(Kind.NODES, _NUMBER.pack(number) + data)
+
+    def watch(self) -> None:
+        """Kill a worker that hangs. By the calls, one each `LOOK_SECONDS`: this process may have stood still itself."""
+        self._looks_in_silence += 1
+        if self._looks_in_silence * LOOK_SECONDS > SILENT_SECONDS and self._process is not None and self.knows:
+            logger.warning("worker %d has said nothing for %g seconds; it is killed", self.number, SILENT_SECONDS)
+            self._process.kill()
+            self._looks_in_silence = 0
 
     async def stop(self) -> None:
         """End the worker, and with it the place."""
@@ -252,6 +266,7 @@ class _Place:
     async def _run_one(self) -> str:
         """Start a worker and wait for its end; how that came."""
         self._gone.clear()
+        self._looks_in_silence = 0
         try:
             channel = self._start_one()
         except OSError as error:
@@ -292,6 +307,7 @@ class _Place:
         return self._channel
 
     def _received(self, kind: Kind, payload: bytes, file: int) -> None:
+        self._looks_in_silence = 0
         if kind == Kind.CONNECTION:
             if file == NO_FILE:
                 logger.warning("a connection of worker %d was lost: too many files are open", self.number)

@@ -34,7 +34,7 @@ from lmcache_shared.listen import BACKLOG
 logger = logging.getLogger("lmcache_frontend.server")
 
 COUNT_SECONDS = 1.0
-"""How often the main process is told what was counted."""
+"""How often the main process is told what was counted, were it nothing: so it knows that this one lives."""
 
 DRAIN_SECONDS = 1.0
 """How long requests in flight may take when the worker ends."""
@@ -137,9 +137,7 @@ class Worker:
 
     def _tell(self, app: web.Application) -> None:
         if self._channel.waiting == 0:  # else all is told together, later
-            counted = app[OWN_METRICS].take()
-            if counted.requests or counted.counts:
-                self._channel.send(Kind.COUNTED, _encoder.encode(counted))
+            self._channel.send(Kind.COUNTED, _encoder.encode(app[OWN_METRICS].take()))
 
     async def _tell_last(self, app: web.Application) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
