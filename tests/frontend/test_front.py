@@ -359,6 +359,41 @@ async def test_who_shows_a_token_or_changes_something_is_judged_each_time(
     assert len(passed_again) == 2
 
 
+async def test_answers_that_begin_alike_are_told_apart(frontend: RunningFrontend, upstream: Upstream) -> None:
+    head = b"HTTP/1.1 200 OK\r\nX-A: 1\r\nContent-Length: 3\r\n\r\n"
+    said = [
+        [head + b"one"],
+        [head + b"two"],
+        [head, b"thr"],
+        [head[:-10], head[-10:] + b"fo", b"u"],
+        [head + b"f", b"iv"],
+        [b"HTTP/1.1 200 OK\r\nX-A: 2\r\nContent-Length: 3\r\n\r\nsix"],
+        [b"HTTP/1.1 103 Early\r\n\r\n" + head + b"sev"],
+        [b"HTTP/1.1 200 OK\r\nX-A: 1\r\nContent-Length: 0\r\n\r\n"],
+        [b"HTTP/1.1 200 OK\r\nX-A: 1\r\nContent-Length: 0\r\n\r\n"],
+        [head + b"nin"],
+    ]
+    bodies = [b"one", b"two", b"thr", b"fou", b"fiv", b"six", b"sev", b"", b"", b"nin"]
+
+    async def talk(reader: Reader, writer: Writer) -> None:
+        for pieces in said:
+            await reader.readuntil(b"\r\n\r\n")
+            for piece in pieces:
+                writer.write(piece)
+                await asyncio.sleep(0.01)
+
+    upstream.talk = talk
+    reader, writer = await asyncio.open_connection("127.0.0.1", frontend.server.address.port)
+    for body in bodies:
+        writer.write(PROXIED)
+        answer = await read_answer(reader)
+        assert answer.partition(b"\r\n\r\n")[2] == body
+        assert (b"X-A: 2\r\n" in answer) == (body == b"six")
+        assert answer.count(b"Content-Length: ") == 1
+    assert upstream.connections == 1
+    writer.close()
+
+
 # -- ends
 
 

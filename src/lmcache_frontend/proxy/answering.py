@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from typing import NamedTuple
 
-from aiohttp import HttpVersion11, web
+from aiohttp import HttpVersion, HttpVersion11, web
 from aiohttp.http import SERVER_SOFTWARE
 
 from lmcache_frontend.proxy import limits
-from lmcache_frontend.proxy.exchange import Answer, Proxying
+from lmcache_frontend.proxy.exchange import Answer, Fields, Proxying
 
 _SANDBOX = b"Content-Security-Policy: sandbox\r\nX-Content-Type-Options: nosniff\r\n"
 """A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing."""
+
+KNOWN_SECONDS = 1.0
+"""For so long an answer begins with the same `Date`, where the target tells none."""
 
 _JOINED_BYTES = 64 << 10
 """Pieces of a body up to this go out in one write with their framing; a longer one is not copied for it."""
@@ -52,6 +55,33 @@ class Opening(NamedTuple):
     head: bytes
     is_chunked: bool
     keep_alive: bool
+
+
+class Known:
+    """How the last answer to a path began. The next one does alike when its fields are the very same object.
+
+    So a transport tells that a target says the same again, byte for byte (`native.Said`).
+    """
+
+    def __init__(self) -> None:
+        self._fields: Fields | None = None
+        self._opening: Opening | None = None
+        self._is_for: tuple[HttpVersion, bool] | None = None
+        self._until = 0.0
+
+    def opening(self, request: Proxying, answer: Answer) -> Opening | None:
+        if (
+            not answer.fields
+            or answer.fields is not self._fields
+            or self._is_for != (request.version, request.keep_alive)
+        ):
+            return None
+        return self._opening if time.monotonic() < self._until else None
+
+    def remember(self, request: Proxying, answer: Answer, opening: Opening) -> None:
+        self._fields, self._opening = answer.fields, opening
+        self._is_for = (request.version, request.keep_alive)
+        self._until = time.monotonic() + KNOWN_SECONDS
 
 
 def opening_of(request: Proxying, answer: Answer, fields: list[tuple[bytes, bytes]]) -> Opening:

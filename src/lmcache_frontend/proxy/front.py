@@ -308,7 +308,9 @@ class _Connection(asyncio.Protocol):
                 response = self._write(request, response)
             if self._front.access_log is not None:
                 self._front.access_log.log(cast(Any, request), response, self._loop.time() - began)
-        except ConnectionError:
+        except Exception as error:  # `refusals` has answered all others
+            if not isinstance(error, ConnectionError):
+                logger.exception("%s %s failed", request.method, request.path)
             if self.transport is not None:
                 self.transport.abort()
             return

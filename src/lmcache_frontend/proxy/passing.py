@@ -16,8 +16,7 @@ from lmcache_frontend.proxy import target
 from lmcache_frontend.proxy.exchange import Outgoing, Proxying
 from lmcache_frontend.proxy.headers import refuse_loops
 from lmcache_frontend.proxy.paths import Meant
-from lmcache_frontend.proxy.target import ProxiedPath
-from lmcache_frontend.proxy.transport import Known, as_outgoing, forward
+from lmcache_frontend.proxy.transport import as_outgoing, forward
 from lmcache_frontend.proxy.vouching import introduction, require
 from lmcache_frontend.telemetry.metrics.own import OWN_METRICS, Watched
 from lmcache_shared.access.gate import caller_of
@@ -39,7 +38,7 @@ async def by_name(request: Proxying) -> web.StreamResponse:
 
 async def _pass(request: Proxying, meant: Meant) -> web.StreamResponse:
     app = request.app
-    wanted, asked = meant
+    wanted, asked, known = meant
     refuse_loops(request)
     require(request, asked)
     request[CHANGE] = (wanted.address, asked.role)
@@ -49,10 +48,8 @@ async def _pass(request: Proxying, meant: Meant) -> web.StreamResponse:
         found = await app[TARGETS].get(allowed)
         outgoing = as_outgoing(request, wanted, caller, watched.traffic)
         if asked.role <= Role.VIEWER and outgoing.body is None and not caller_of(request).by_token:
-            request[PASSED] = Passed(
-                wanted, outgoing, watched, _valid_until(app, allowed), app[REGISTRY].revision, Known()
-            )
-        return watched.answered(await forward(request, found, wanted, outgoing, watched.traffic))
+            request[PASSED] = Passed(meant, outgoing, watched, _valid_until(app, allowed), app[REGISTRY].revision)
+        return watched.answered(await forward(request, found, wanted, outgoing, watched.traffic, known))
 
 
 def _valid_until(app: web.Application, address: Address) -> float:
@@ -66,20 +63,20 @@ class Passed(NamedTuple):
     head, on the connection, on the options and on the registry, and they need not be asked a thousand times a second.
     """
 
-    wanted: ProxiedPath
+    meant: Meant
     outgoing: Outgoing
     watched: Watched
     until: float
     revision: int
-    known: Known
 
 
 async def again(request: Proxying, passed: Passed) -> web.StreamResponse:
     """Pass a request on like the one before."""
     app = request.app
     with app[OWN_METRICS].watching_again(passed.watched) as watched:
-        found = await app[TARGETS].get(passed.wanted.address)
-        answer = await forward(request, found, passed.wanted, passed.outgoing, watched.traffic, passed.known)
+        found = await app[TARGETS].get(passed.meant.wanted.address)
+        wanted, known = passed.meant.wanted, passed.meant.known
+        answer = await forward(request, found, wanted, passed.outgoing, watched.traffic, known)
         return watched.answered(answer)
 
 

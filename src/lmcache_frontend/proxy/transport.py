@@ -6,14 +6,13 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 from aiohttp import web
 
 from lmcache_frontend.proxy import limits
-from lmcache_frontend.proxy.answering import Opening, Traffic, Written, opening_of, send_back
-from lmcache_frontend.proxy.exchange import Fields, Outgoing, Proxying, Transport
+from lmcache_frontend.proxy.answering import Known, Traffic, Written, opening_of, send_back
+from lmcache_frontend.proxy.exchange import Outgoing, Proxying, Transport
 from lmcache_frontend.proxy.headers import Introduction, answer_fields, request_fields
 from lmcache_frontend.proxy.native import NativeTransport, Room
 from lmcache_frontend.proxy.target import ProxiedPath
@@ -68,14 +67,6 @@ class Targets:
             await target.close()
 
 
-@dataclass
-class Known:
-    """How the answer to a request began; it does again when its fields are the very same object (`native.Said`)."""
-
-    fields: Fields | None = None
-    opening: Opening | None = None
-
-
 def as_outgoing(request: Proxying, wanted: ProxiedPath, caller: Introduction, traffic: Traffic) -> Outgoing:
     """The request as the target that is `wanted` is to get it; `caller` is how that is told who asks."""
     body = CallersBody(cast(web.Request, request), traffic) if request.body_exists else None
@@ -92,11 +83,11 @@ async def forward(
     wanted: ProxiedPath,
     outgoing: Outgoing,
     traffic: Traffic,
-    known: Known | None = None,
+    known: Known,
 ) -> web.StreamResponse:
     """Send the request on to `target` as `outgoing`, and its answer back; `traffic` is counted.
 
-    What is `known` of the answer to such a request is used and renewed.
+    What is `known` of the answers to its path is used and renewed.
 
     No body is held whole. An answer that breaks off breaks the caller's connection off too, so that half an answer
     never looks whole.
@@ -107,14 +98,13 @@ async def forward(
     """
     answer = await target.request(outgoing)
     try:
-        if known is not None and known.fields is answer.fields and known.opening is not None:
-            return await send_back(request, answer, known.opening, traffic)
-        fields = answer_fields(answer.fields, wanted)
-        if answer.status == 101:
-            return await pass_on(cast(web.Request, request), answer, fields, traffic)
-        opening = opening_of(request, answer, fields)
-        if known is not None:
-            known.fields, known.opening = answer.fields, opening
+        opening = known.opening(request, answer)
+        if opening is None:
+            fields = answer_fields(answer.fields, wanted)
+            if answer.status == 101:
+                return await pass_on(cast(web.Request, request), answer, fields, traffic)
+            opening = opening_of(request, answer, fields)
+            known.remember(request, answer, opening)
         return await send_back(request, answer, opening, traffic)
     except (ConnectionError, Refusal) as error:  # also of the request's body: the answer has begun
         traffic.broke_off = True
