@@ -257,6 +257,16 @@ def test_a_second_start_is_refused(shared: Running) -> None:
     assert get(shared.port, "/proxy2/up/")[0] == 200
 
 
+def test_of_two_that_start_together_one_serves() -> None:
+    port = str(free_port())
+    command = ["-m", "lmcache_frontend", "--host", "127.0.0.1", "--port", port, "--workers", "2"]
+    with running(*command) as one, running(*command) as other:
+        until(lambda: None not in (one.poll(), other.poll()) or {one.poll(), other.poll()} == {None, 2}, 20)
+        assert {one.poll(), other.poll()} == {None, 2}
+        loser = one if one.poll() == 2 else other
+        assert "the port is in use" in loser.communicate()[1]
+
+
 def test_signals_for_the_terminals_group_leave_workers_to_the_main_process(shared: Running) -> None:
     before = shared.workers
     for pid in before:

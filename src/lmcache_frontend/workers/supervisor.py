@@ -159,7 +159,11 @@ class Workers:
             if revision != self._covered:
                 proxies = list(self._registry.proxies())
                 nodes = sum(len(proxy.nodes) for proxy in proxies)
-                data = await asyncio.to_thread(snapshot.encoded, proxies)
+                try:
+                    data = await asyncio.to_thread(snapshot.encoded, proxies)
+                except Exception:
+                    logger.exception("workers do not hear of a change of the nodes: it cannot be written down")
+                    data = self._snapshot
                 if data != self._snapshot or self._number == 0:
                     self._snapshot = data
                     self._number += 1
