@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 
 from aiohttp import web
 
@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 START_FAILED = 2
 """Exit code of both programs when they refuse to start."""
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class OpsError(Exception):

@@ -199,7 +199,8 @@ async def test_hop_by_hop_fields_stop_here(between: Between) -> None:
     )
     reader, writer = await between.connect()
     writer.write(
-        b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nConnection: X-Mine, , Host\r\nX-Mine: 1\r\nTE: trailers\r\n"
+        b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nConnection: X-Mine, , Host\r\nX-Mine: 1\r\n"
+        b"TE: trailers\r\n"
         b"Keep-Alive: 1\r\nProxy-Connection: x\r\nProxy-Authorization: x\r\nX-Kept: 1\r\n\r\n"
     )
     head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
@@ -643,7 +644,8 @@ async def test_a_target_that_keeps_failing_is_skipped_for_a_moment(
 # -- upgrades
 
 UPGRADE = (
-    b"GET /proxy2/upstream/ws?a=b HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive, Upgrade\r\nUpgrade: websocket\r\n"
+    b"GET /proxy2/upstream/ws?a=b HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive, Upgrade\r\n"
+    b"Upgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Protocol: p\r\n\r\n"
 )
 SWITCHING = (

@@ -587,7 +587,8 @@ async def test_a_caller_that_stops_sending_does_not_hold_the_target(
 async def test_every_via_goes_on(frontend_server: StartFrontend) -> None:
     async with serving(Upstream()) as upstream:
         frontend = await frontend_for(frontend_server, upstream.node)
-        line = b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nVia: 1.0 a\xff\r\nVia: 1.1 b\r\nConnection: close\r\n\r\n"
+        line = b"GET /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nVia: 1.0 a\xff\r\n"
+        line += b"Via: 1.1 b\r\nConnection: close\r\n\r\n"
         assert (await raw(frontend.server.address.port, line)).startswith(b"HTTP/1.1 200")
         assert b"Via: 1.0 a\xff, 1.1 b, 1.1 lmcache-frontend\r\n" in upstream.heads[0]
 
