@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Middleware
+from aiohttp.typedefs import Handler, Middleware
 
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options
@@ -31,7 +31,6 @@ from lmcache_frontend.workers import ports, snapshot
 from lmcache_frontend.workers.adopting import Adopting
 from lmcache_frontend.workers.channel import NO_FILE, Channel, Kind
 from lmcache_frontend.workers.worker import DRAIN_SECONDS, SEND_SECONDS, Start
-from lmcache_shared.errors import Handler
 from lmcache_shared.listen import BACKLOG
 
 logger = logging.getLogger(__name__)
