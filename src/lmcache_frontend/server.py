@@ -79,7 +79,8 @@ class FrontendServer:
             await self.cluster.load()
             site = TcpPortSite(self._runner, self.address)
             await site.start()
-            self.workers.start(site.listening, self._runner.server, self._runner.others)
+            if self._options.workers > 1:
+                self.workers.start(site.listening, self._runner.server, self._runner.others)
             self.cluster.start()
         except BaseException:
             await self.workers.stop()

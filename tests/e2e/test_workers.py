@@ -172,7 +172,7 @@ def has_ended(pid: int) -> bool:
 
 
 def test_requests_are_spread_and_counted_together(shared: Running) -> None:
-    by_code = 'node="up",proxy="local_proxy",code="2xx"'
+    by_code = 'code="2xx",node="up",proxy="local_proxy"'
     before = shared.metric("lmcache_frontend_proxy_requests_total", by_code)
     served = [shared.metric("lmcache_frontend_worker_requests_total", f'worker="{one}"') for one in range(3)]
     for _ in range(MANY):

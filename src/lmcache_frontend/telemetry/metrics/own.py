@@ -304,12 +304,16 @@ class OwnMetrics:
 
 
 def _of_tally(tally: Tally[TargetLabels]) -> Iterator[str]:
+    """As the library wrote it: labels by their names, values with a point."""
     for short in _COUNTERS:
-        last_label = FAMILIES[short].labels[-1]
+        *_, last_label = FAMILIES[short].labels
         yield _family(
             short,
             (
-                ({"node": target.node, "proxy": target.proxy, last_label: series.last}, amount)
+                (
+                    dict(sorted({"node": target.node, "proxy": target.proxy, last_label: series.last}.items())),
+                    float(amount),
+                )
                 for target, series, amount in tally.counts()
                 if series.family == short
             ),
@@ -323,12 +327,12 @@ def _histogram(short: str, labels: Mapping[str, str], seconds: Seconds) -> str:
     counts = list(accumulate(seconds.buckets))
     bounds = [*(str(float(bound)) for bound in SECONDS_BUCKETS), "+Inf"]
     lines = [
-        f"{PREFIX}{short}_bucket{_labels({**labels, 'le': bound})} {count}\n"
+        f"{PREFIX}{short}_bucket{_labels({**labels, 'le': bound})} {count}.0\n"
         for bound, count in zip(bounds, counts, strict=True)
     ]
     own = _labels(labels)
     return "".join(
-        [*lines, f"{PREFIX}{short}_count{own} {counts[-1]}\n", f"{PREFIX}{short}_sum{own} {seconds.total}\n"]
+        [*lines, f"{PREFIX}{short}_count{own} {counts[-1]}.0\n", f"{PREFIX}{short}_sum{own} {seconds.total}\n"]
     )
 
 
