@@ -3,14 +3,15 @@
 All of them stand before the same Unix socket, on which another nginx answers 7 bytes of JSON or a large file. They take
 turns, each with 32 keep-alive connections of one load generator, which is a process of its own; `ratio` is the median
 over the rounds of this one's requests per second by nginx's in the same round. CPU time is that of the
-worker alone. Memory is the greatest resident size that the kernel knows of the process (`VmHWM`) beyond that before the
-large body. Up: a body as large, to a socket on which it is read and thrown away.
+worker alone, with `--workers` of all processes. Memory is the greatest resident size that the kernel knows of them
+(`VmHWM`) beyond that before the large body. Up: a body as large, to a socket on which it is read and thrown away.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class Contender:
     pid: int
     sink: str = ""
     """Where a large body may be sent."""
+    workers: Sequence[int] = ()
+    """Further processes."""
     rates: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -65,6 +68,13 @@ class Contender:
     speeds: list[float] = field(default_factory=list)
     grown: float = 0.0
     uploads: list[float] = field(default_factory=list)
+
+    def cpu_seconds(self) -> float:
+        """Of CPU time until now."""
+        return sum(_cpu(pid) for pid in (self.pid, *self.workers))
+
+    def memory(self, key: str) -> int:
+        return sum(memory(pid, key) for pid in (self.pid, *self.workers))
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -80,33 +90,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         sink = [sys.executable, str(HERE / "proxy_host.py"), "sink", f"{folder}/sink"]
         stack.enter_context(process(*sink, log=folder / "sink.log"))
         load = stack.enter_context(harness.Child.started([sys.executable, str(HERE / "proxy_host.py"), "load"]))
-        contenders = [start(stack, folder) for start in (_reference, _ours, _plain, *_dashboards(options))]
+        contenders = [start(stack, folder) for start in _starts(options)]
         for number in range(options.rounds):
             for one in contenders:
                 harness.progress(f"round {number + 1}, {one.name}")
-                cpu = _cpu(one.pid)
+                cpu = one.cpu_seconds()
                 words = load.ask(f"small {one.port} {one.path}small 32 {options.seconds} {options.varied:d}")
                 if words[0] == "failed":
                     raise harness.BenchmarkError(f"{one.name}: {' '.join(words)}")
                 one.rates.append(int(words[0]) / float(words[1]))
                 one.p99.append(float(words[3]))
-                one.cpu.append((_cpu(one.pid) - cpu) / int(words[4]) * 1e6)
+                one.cpu.append((one.cpu_seconds() - cpu) / int(words[4]) * 1e6)
         for number in range(options.rounds if options.mib else 0):
             for one in contenders:
                 if one.name == "dashboard" and number:
                     continue  # it holds the body whole
-                before = memory(one.pid, "VmRSS")
-                Path(f"/proc/{one.pid}/clear_refs").write_text("5", encoding="ascii")  # the mark begins anew
-                words = load.ask(f"large {one.port} {one.path}{LARGE}")
-                one.speeds.append(int(words[0]) / float(words[1]))
-                if int(words[0]) < options.mib << 20:
-                    raise harness.BenchmarkError(f"{one.name}: the large body is cut: {words[0]} bytes")
-                one.grown = max(one.grown, (memory(one.pid, "VmHWM") - before) / 1024)
-                if one.sink:
-                    words = load.ask(f"upload {one.port} {one.sink} {options.mib}")
-                    if words[0] == "failed":
-                        raise harness.BenchmarkError(f"{one.name}: {' '.join(words)}")
-                    one.uploads.append(int(words[0]) / float(words[1]))
+                _large(load, one, options.mib)
     print()
     heads = (
         "",
@@ -124,6 +123,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     print(harness.table_text(heads, [_row(one, contenders[0]) for one in contenders]))
     return {"machine": machine, "contenders": [vars(one) for one in contenders]}
+
+
+def _large(load: harness.Child, one: Contender, mib: int) -> None:
+    """A large body down, and one up."""
+    before = one.memory("VmRSS")
+    for pid in (one.pid, *one.workers):
+        Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # the mark begins anew
+    words = load.ask(f"large {one.port} {one.path}{LARGE}")
+    one.speeds.append(int(words[0]) / float(words[1]))
+    if int(words[0]) < mib << 20:
+        raise harness.BenchmarkError(f"{one.name}: the large body is cut: {words[0]} bytes")
+    one.grown = max(one.grown, (one.memory("VmHWM") - before) / 1024)
+    if one.sink:
+        words = load.ask(f"upload {one.port} {one.sink} {mib}")
+        if words[0] == "failed":
+            raise harness.BenchmarkError(f"{one.name}: {' '.join(words)}")
+        one.uploads.append(int(words[0]) / float(words[1]))
 
 
 def _row(one: Contender, nginx: Contender) -> list[str]:
@@ -150,6 +166,10 @@ def _cpu(pid: int) -> float:
 def memory(pid: int, key: str) -> int:
     text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     return int(text.partition(f"{key}:")[2].split()[0])
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
 
 
 def free_port() -> int:
@@ -181,13 +201,12 @@ def _nginx(folder: Path, name: str, rest: str) -> Iterator[int]:
     user = "user root;" if os.geteuid() == 0 else ""
     file.write_text(user + NGINX.format(folder=folder, name=name, rest=rest), encoding="utf-8")
     with process(program, "-p", str(folder), "-c", str(file), log=folder / f"{name}.out") as master:
-        children = Path(f"/proc/{master.pid}/task/{master.pid}/children")
         deadline = time.monotonic() + START_SECONDS
-        while not (found := children.read_text(encoding="ascii").split()):
+        while not (found := _children(master.pid)):
             if time.monotonic() > deadline or master.poll() is not None:
                 raise harness.BenchmarkError((folder / f"{name}.out").read_text(errors="replace")[:300] or "no nginx")
             time.sleep(0.05)
-        yield int(found[0])
+        yield found[0]
 
 
 def _ready(one: Contender) -> Contender:
@@ -211,12 +230,20 @@ def _reference(stack: contextlib.ExitStack, folder: Path) -> Contender:
     return _ready(Contender("nginx", port, "/", pid, sink="/sink"))
 
 
-def _ours(stack: contextlib.ExitStack, folder: Path) -> Contender:
+def _ours(stack: contextlib.ExitStack, folder: Path, workers: int = 1) -> Contender:
     port = free_port()
     nodes = json.dumps([{"name": name, "host": "localhost", "port": f"{folder}/{name}"} for name in ("up", "sink")])
     command = [sys.executable, "-m", "lmcache_frontend", "--host", "127.0.0.1", "--port", str(port), "--nodes", nodes]
-    started = stack.enter_context(process(*command, "--registry", "memory", log=folder / "ours.log"))
-    return _ready(Contender("frontend", port, "/proxy2/up/", started.pid, sink="/proxy2/sink/"))
+    command += ["--registry", "memory", "--workers", str(workers)]
+    log = folder / f"ours{workers}.log"
+    started = stack.enter_context(process(*command, log=log))
+    deadline = time.monotonic() + START_SECONDS
+    while b"serves on" not in log.read_bytes():  # its workers do too
+        if time.monotonic() > deadline or started.poll() is not None:
+            raise harness.BenchmarkError(log.read_text(errors="replace")[:300] or "the frontend does not start")
+        time.sleep(0.05)
+    name = "frontend" if workers == 1 else f"frontend, {workers} workers"
+    return Contender(name, port, "/proxy2/up/", started.pid, sink="/proxy2/sink/", workers=_children(started.pid))
 
 
 def _plain(stack: contextlib.ExitStack, folder: Path) -> Contender:
@@ -236,8 +263,9 @@ def _dashboard(stack: contextlib.ExitStack, folder: Path) -> Contender:
     return _ready(Contender("dashboard", port, f"/proxy/localhost/{quoted}/", started.pid))
 
 
-def _dashboards(options: argparse.Namespace) -> list[Any]:
-    return [_dashboard] if options.dashboard else []
+def _starts(options: argparse.Namespace) -> list[Callable[[contextlib.ExitStack, Path], Contender]]:
+    several = [functools.partial(_ours, workers=options.workers)] if options.workers > 1 else []
+    return [_reference, _ours, *several, _plain, *([_dashboard] if options.dashboard else [])]
 
 
 def main() -> int:
@@ -246,6 +274,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="of one turn (default: %(default)s)")
     parser.add_argument("--mib", type=int, default=1024, help="of the large body; 0 for none (default: %(default)s)")
     parser.add_argument("--varied", action="store_true", help="no two requests alike: each has a field of its own")
+    parser.add_argument("--workers", type=int, default=1, help="the frontend with so many processes, too")
     parser.add_argument("--dashboard", action="store_true", help=f"LMCache's bundled dashboard too ({DASHBOARD})")
     return harness.run("proxy", parser, measure)
 

@@ -53,24 +53,13 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
         ConfigError: its tokens or its audit log cannot be used.
         RouteError: a route module is broken, or two claim one route.
     """
-    app = web.Application(middlewares=[refusals, own_host_only, own_site_only, admitted, audited])
-    app[OPTIONS] = options
-    app[HOSTS] = Hosts(options.allow_host, option="--allow-host", own=(options.host, options.report_host or ""))
-    app[GATE] = _gate(options)
-    app[REGISTRY] = cluster.registry
+    app = proxying_app(options, cluster.registry, cluster.health)
     app[SOURCES] = cluster.sources
     app[BY_HAND] = cluster.by_hand
     app[NEIGHBOURS] = cluster.neighbours
     app[DISCOVERY] = cluster.discovery
-    app[POLICY] = Policy(cluster.registry, read_rules(options.socket_prefix, options.allow_target))
-    app[PATHS] = Paths(cluster.registry)
     app[HEALTH] = cluster.health
     app[READY] = cluster.not_ready
-    app[OWN_METRICS] = OwnMetrics(cluster.registry, cluster.health)
-    app.cleanup_ctx.append(_targets)
-    if options.audit_log:
-        app[AUDIT] = AuditLog(options.audit_log)
-        app.cleanup_ctx.append(_audit_log)
     folders = options.route_folder or []
     routes.add_routes(
         app,
@@ -82,6 +71,27 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
             *routes.from_folders(folders, "_page"),
         ],
     )
+    return app
+
+
+def proxying_app(options: Options, registry: Registry, health: HealthBoard) -> web.Application:
+    """What serves proxied requests, and no route: what `proxy/passing.py` asks an application for.
+
+    Raises:
+        ConfigError: its tokens or its audit log cannot be used.
+    """
+    app = web.Application(middlewares=[refusals, own_host_only, own_site_only, admitted, audited])
+    app[OPTIONS] = options
+    app[HOSTS] = Hosts(options.allow_host, option="--allow-host", own=(options.host, options.report_host or ""))
+    app[GATE] = _gate(options)
+    app[REGISTRY] = registry
+    app[POLICY] = Policy(registry, read_rules(options.socket_prefix, options.allow_target))
+    app[PATHS] = Paths(registry)
+    app[OWN_METRICS] = OwnMetrics(registry, health)
+    app.cleanup_ctx.append(_targets)
+    if options.audit_log:
+        app[AUDIT] = AuditLog(options.audit_log)
+        app.cleanup_ctx.append(_audit_log)
     return app
 
 

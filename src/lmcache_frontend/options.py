@@ -48,6 +48,12 @@ class Options:
 
     port: int = setting(8000, "The port to listen on.", minimum=1, maximum=65535)
     host: str = setting("0.0.0.0", "The host to listen on.")  # noqa: S104 - as LMCache's frontend
+    workers: int = setting(
+        1,
+        "How many processes serve proxied requests, on one port and with one view of nodes; one does all else too.",
+        minimum=1,
+        maximum=64,
+    )
     config: str | None = setting(None, "A JSON file with a list of nodes, or of proxies with nodes of their own.")
     nodes: str | None = setting(None, "A list of nodes as JSON, beside those of the file.")
     lmcache_config: str | None = setting(None, "An lmcache.yaml: the scheduler and workers that it implies are nodes.")

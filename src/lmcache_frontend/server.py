@@ -9,9 +9,10 @@ import logging
 import secrets
 import signal
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 from lmcache_frontend.app import create_app
 from lmcache_frontend.cluster import Cluster
@@ -19,8 +20,10 @@ from lmcache_frontend.discovery.heartbeat import HEARTBEAT, Heartbeat
 from lmcache_frontend.nodes.node import Node, Proxy
 from lmcache_frontend.options import Options
 from lmcache_frontend.proxy.fronted import FrontedRunner
+from lmcache_frontend.telemetry.metrics.own import OWN_METRICS
+from lmcache_frontend.workers.supervisor import Workers, telling
 from lmcache_shared.address import TcpAddress, is_loopback_host, tcp_address
-from lmcache_shared.listen import make_runner, make_site
+from lmcache_shared.listen import TcpPortSite, make_runner
 from lmcache_shared.program import say
 
 logger = logging.getLogger(__name__)
@@ -53,12 +56,16 @@ class FrontendServer:
         self._options = options
         app = create_app(options, self.cluster)
         app[HEARTBEAT] = self.heartbeat
-        self._runner = make_runner(
+        self.workers = Workers(options, self.cluster.registry, app[OWN_METRICS])
+        app.middlewares.append(telling(self.workers, self.cluster.registry))
+        runner = make_runner(
             app,
             drain_seconds=DRAIN_SECONDS,
             kind=FrontedRunner,
             access_log=logger if logger.isEnabledFor(logging.INFO) else None,
         )
+        assert isinstance(runner, FrontedRunner), "it is of that kind"
+        self._runner = runner
 
     async def start(self) -> None:
         """Listen, and send heartbeats if the options say where.
@@ -70,9 +77,13 @@ class FrontendServer:
         await self._runner.setup()
         try:
             await self.cluster.load()
-            await make_site(self._runner, self.address).start()
+            site = TcpPortSite(self._runner, self.address)
+            await site.start()
+            if self._options.workers > 1:
+                self.workers.start(site.listening, self._runner.server, self._runner.others)
             self.cluster.start()
         except BaseException:
+            await self.workers.stop()
             await self._runner.cleanup()
             await self.cluster.stop()
             raise
@@ -81,7 +92,7 @@ class FrontendServer:
     async def stop(self) -> None:
         """Take no more connections, let requests in flight end within the drain time, close every client."""
         await self.heartbeat.stop()
-        await self._runner.cleanup()
+        await asyncio.gather(self.workers.stop(), self._runner.cleanup())
         await self.cluster.stop()
 
     async def __aenter__(self) -> FrontendServer:
@@ -106,8 +117,11 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
             options = replace(options, token=made)
         async with FrontendServer(options, nodes) as server:
             with _hangup_reloads(server.cluster):
+                await _first([stop.wait(), server.workers.ready()])
                 gc.freeze()  # what is here now stays: looking at it again and again holds requests up for milliseconds
-                say(f"frontend serves on http://{server.address} ({_nodes(server.cluster)})")
+                say(
+                    f"frontend serves on http://{server.address} ({_nodes(server.cluster)}{_processes(server.workers)})"
+                )
                 if made is not None:
                     say(
                         f"to change something from another machine: http://{_public(server.address)}/sign-in?token={made}"
@@ -127,6 +141,20 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
     finally:
         await heartbeat.stop()
         await cluster.stop()
+
+
+async def _first(waits: Iterable[Coroutine[Any, Any, Any]]) -> None:
+    """Until the first of them is over; the others are not waited for."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _processes(workers: Workers) -> str:
+    return f", {workers.count()} processes" if workers.count() > 1 else ""
 
 
 def _made_token(options: Options) -> str | None:

@@ -17,7 +17,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -154,6 +154,12 @@ class TcpPortSite(web.TCPSite):
                 ) from None
             # A failed bind of several addresses loses its errno inside asyncio; its text still says why.
             raise AddressError(f"{self._address}: cannot listen there: {error.strerror or error}") from None
+
+    @property
+    def listening(self) -> Sequence[socket.socket]:
+        """The sockets, one for each address of the host; nobody but the site closes them."""
+        found: Sequence[socket.socket] = getattr(self._server, "sockets", ())
+        return found
 
 
 class UnixSocketSite(web.UnixSite):

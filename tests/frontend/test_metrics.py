@@ -11,6 +11,7 @@ import zlib
 from typing import Any
 from urllib.parse import quote
 
+import msgspec
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
@@ -26,6 +27,7 @@ from lmcache_frontend.telemetry.health.board import HealthBoard
 from lmcache_frontend.telemetry.metrics import exposition, scrape
 from lmcache_frontend.telemetry.metrics.negotiation import wants_gzip, wants_openmetrics
 from lmcache_frontend.telemetry.metrics.own import FAMILIES, OTHER, OwnMetrics, TargetLabels
+from lmcache_frontend.telemetry.metrics.tally import Counted, Tally
 from lmcache_shared.address import TcpAddress, UnixAddress
 from lmcache_shared.errors import Refusal
 from tests.frontend.boards import settled
@@ -607,9 +609,7 @@ def test_series_do_not_pile_up_where_nobody_reads_them() -> None:
         with metrics.watching(TcpAddress("127.0.0.1", 7000), "/") as watched:
             watched.status = 200
             watched.traffic.sent = 1
-    for counter in (metrics._requests, metrics._bytes):
-        assert len({sample.labels["node"] for family in counter.collect() for sample in family.samples}) == 1
-    assert list(metrics._series) == [TargetLabels("n19", "local_proxy")]
+    assert {target for target, _, _ in metrics._tally.counts()} == {TargetLabels("n19", "local_proxy")}
 
 
 def node_called(name: str) -> list[Node | Proxy]:
@@ -700,3 +700,36 @@ def test_what_is_held_at_once_can_be_one_answer() -> None:
     text = b"".join(line % number for number in range(750))
     assert 55_000 < len(text) < 60_000, "as many samples as there may be in a node's 57 KB"
     assert scrape.MAX_BYTES / len(text) * 750 <= exposition.MAX_SAMPLES
+
+
+def test_what_another_process_has_counted_is_added() -> None:
+    registry = registry_of(node_called("n0"))
+    ours, theirs = (OwnMetrics(registry, HealthBoard(registry)) for _ in range(2))
+    for metrics, status in ((ours, 200), (theirs, 200), (theirs, 502)):
+        with metrics.watching(TcpAddress("127.0.0.1", 7000), "/") as watched:
+            watched.status = status
+            watched.traffic.received = 10
+    with contextlib.suppress(asyncio.CancelledError), theirs.watching(TcpAddress("127.0.0.1", 7001), "/"):
+        raise asyncio.CancelledError
+
+    taken = msgspec.msgpack.decode(msgspec.msgpack.encode(theirs.take()), type=Counted)
+    ours.add(2, taken)
+    ours.add(2, theirs.take())  # nothing is told twice
+
+    text = ours.describe(scrape.Wanted((), (), 1, True), [], 0)().decode()
+    name, own = "lmcache_frontend_proxy_requests_total", {"node": "n0", "proxy": "local_proxy"}
+    assert value_of(text, name, **own, code="2xx") == 2
+    assert value_of(text, name, **own, code="5xx") == 1
+    assert value_of(text, "lmcache_frontend_proxy_bytes_total", **own, direction="received") == 30
+    assert value_of(text, "lmcache_frontend_proxy_request_seconds_count", kind="node") == 3
+    assert value_of(text, "lmcache_frontend_proxy_request_seconds_bucket", kind="node", le="+Inf") == 3
+    assert value_of(text, "lmcache_frontend_worker_requests_total", worker="0") == 1
+    assert value_of(text, "lmcache_frontend_worker_requests_total", worker="2") == 3
+
+
+def test_seconds_fall_into_the_bucket_that_begins_below_them() -> None:
+    tally = Tally[str]()
+    for seconds in (0.0, 0.001, 0.0011, 60.0, 61.0):
+        tally.observe("node", seconds)
+    buckets = tally.seconds()["node"].buckets
+    assert (buckets[:2], buckets[2:-2], buckets[-2:]) == ([2, 1], [0] * (len(buckets) - 4), [1, 1])

@@ -43,8 +43,8 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class _View:
-    """The layers as one."""
+class View:
+    """The layers as one: all that is asked of a registry to serve a proxied request."""
 
     proxies: tuple[Proxy, ...]
     nodes: dict[tuple[str, str], Node]
@@ -85,7 +85,7 @@ class Registry:
         self._neighbours: dict[str, _Layer] = {}
         self._hidden: frozenset[Name] = frozenset()
         self._selves: frozenset[str] = frozenset()
-        self._view: _View | None = None
+        self._view: View | None = None
 
     def publish(self, source: str, entries: Iterable[Node | Proxy], *, lasting: bool = False) -> None:
         """Everything that a source knows now; plain nodes are children of `local_proxy`.
@@ -130,6 +130,11 @@ class Registry:
         if selves != self._selves:
             self._selves = selves
             self._changed()
+
+    def mirror(self, view: View) -> None:
+        """Be as another process's registry is, which alone has sources."""
+        self._changed()
+        self._view = view
 
     def tick(self) -> None:
         """Let what has been stale for long enough leave; called once a second."""
@@ -242,7 +247,7 @@ class Registry:
         self.revision += 1
 
     @property
-    def _current(self) -> _View:
+    def _current(self) -> View:
         if self._view is None:
             self._view = self._work_out()
         return self._view
@@ -251,7 +256,7 @@ class Registry:
         """By hand first."""
         return [self._layers[BY_HAND], *(layer for name, layer in self._layers.items() if name != BY_HAND)]
 
-    def _work_out(self) -> _View:
+    def _work_out(self) -> View:
         heads = self._merged_heads()
         children = self._merged_nodes(heads)
         proxies = tuple(
@@ -259,27 +264,7 @@ class Registry:
             for name, head in heads.items()
             if name != LOCAL_PROXY or children[name]
         )
-        named: dict[str, list[Known]] = {}
-        by_address: dict[Address, Reach] = {}
-        for proxy in proxies:
-            for node in proxy.nodes:
-                named.setdefault(node.name, []).append(Known(proxy.name, node))
-                if node.via is None:
-                    by_address[node.address] = node.reach
-        for proxy in proxies:
-            for node in proxy.nodes:
-                if isinstance(node.address, TcpAddress) and not node.address.is_loopback:
-                    by_address.setdefault(node.address, node.reach)
-        by_name = {name: _meant(known) for name, known in named.items()}
-        for proxy in proxies:
-            if proxy.name != LOCAL_PROXY:
-                by_name[proxy.name] = by_address[proxy.address] = Reach(proxy.address, token=proxy.token)
-        nodes = {(proxy.name, node.name): node for proxy in proxies for node in proxy.nodes}
-        direct = {proxy.address for proxy in proxies if proxy.name != LOCAL_PROXY}
-        direct |= {node.reach.address for node in nodes.values()}
-        tokens = {node.address: node.token for node in nodes.values() if node.token is not None and node.via is None}
-        tokens.update({proxy.address: proxy.token for proxy in proxies if proxy.token is not None})
-        return _View(proxies, nodes, by_name, by_address, frozenset(direct), tokens)
+        return view_of(proxies)
 
     def _merged_heads(self) -> dict[str, Proxy]:
         heads = {LOCAL_PROXY: self._itself}
@@ -350,6 +335,31 @@ class Registry:
                     way = (node.stale, len(node.through), trusted.get(key[0], len(trusted)), key)
                     nearest[node.origin] = min(nearest.get(node.origin, way), way)
         return {origin: way[3] for origin, way in nearest.items()}
+
+
+def view_of(proxies: tuple[Proxy, ...]) -> View:
+    """The proxies and their nodes by name and address."""
+    named: dict[str, list[Known]] = {}
+    by_address: dict[Address, Reach] = {}
+    for proxy in proxies:
+        for node in proxy.nodes:
+            named.setdefault(node.name, []).append(Known(proxy.name, node))
+            if node.via is None:
+                by_address[node.address] = node.reach
+    for proxy in proxies:
+        for node in proxy.nodes:
+            if isinstance(node.address, TcpAddress) and not node.address.is_loopback:
+                by_address.setdefault(node.address, node.reach)
+    by_name = {name: _meant(known) for name, known in named.items()}
+    for proxy in proxies:
+        if proxy.name != LOCAL_PROXY:
+            by_name[proxy.name] = by_address[proxy.address] = Reach(proxy.address, token=proxy.token)
+    nodes = {(proxy.name, node.name): node for proxy in proxies for node in proxy.nodes}
+    direct = {proxy.address for proxy in proxies if proxy.name != LOCAL_PROXY}
+    direct |= {node.reach.address for node in nodes.values()}
+    tokens = {node.address: node.token for node in nodes.values() if node.token is not None and node.via is None}
+    tokens.update({proxy.address: proxy.token for proxy in proxies if proxy.token is not None})
+    return View(proxies, nodes, by_name, by_address, frozenset(direct), tokens)
 
 
 def _way(proxy: Proxy, node: Node) -> Reach | None:

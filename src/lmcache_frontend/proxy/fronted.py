@@ -25,6 +25,8 @@ class FrontedRunner(web.AppRunner):
         self._access_log = options["access_log"]
         self._drain_seconds: float = options["shutdown_timeout"]
         self._front: Front | None = None
+        self.others: Others = _nobody
+        """Goes on with connections that carry other requests than the front serves, from `setup` on."""
 
     @property
     def server(self) -> Any:
@@ -35,12 +37,19 @@ class FrontedRunner(web.AppRunner):
         await super().setup()
         server = super().server
         assert server is not None, "it has been made"
-        self._front = Front(self.app, handing_to(server), access_log=self._access_log)
+        self.others = handing_to(server)
+        self._front = Front(self.app, self.others, access_log=self._access_log)
 
     async def shutdown(self) -> None:
+        self.others = _nobody
         if self._front is not None:
             await self._front.shutdown(self._drain_seconds)
         await super().shutdown()
+
+
+def _nobody(transport: asyncio.Transport, data: bytes) -> None:
+    """Before the start and after the end."""
+    transport.abort()
 
 
 def handing_to(server: web.Server) -> Others:

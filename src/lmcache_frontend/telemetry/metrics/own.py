@@ -10,25 +10,24 @@ import asyncio
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from itertools import accumulate
 from types import TracebackType
 from typing import NamedTuple
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Proxy
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.proxy.answering import Traffic
 from lmcache_frontend.telemetry.health.board import HealthBoard
 from lmcache_frontend.telemetry.metrics.scrape import OURS, Outcome, Wanted
+from lmcache_frontend.telemetry.metrics.tally import SECONDS_BUCKETS, Counted, Seconds, Series, Tally
 from lmcache_shared.address import Address
 from lmcache_shared.errors import Refusal
 from lmcache_shared.version import VERSION
 
 PREFIX = OURS.decode()
-
-REQUEST_SECONDS_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 CALLER_LEFT = 499
 """The status, of nginx' invention, under which a request counts whose caller went before its answer came."""
@@ -36,7 +35,9 @@ CALLER_LEFT = 499
 MAX_PREFIX_SEGMENTS = 32
 """Of a path, what is looked at for a node behind other frontends."""
 
-_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
+_COUNTERS = ("proxy_requests_total", "proxy_bytes_total", "proxy_errors_total")
+_BY_CLASS = tuple(Series("proxy_requests_total", f"{number}xx") for number in range(6))
+_SENT, _RECEIVED = Series("proxy_bytes_total", "sent"), Series("proxy_bytes_total", "received")
 
 _REASONS = {403: "forbidden", 502: "unreachable", 504: "late"}
 
@@ -109,6 +110,13 @@ FAMILIES: Mapping[str, Family] = {
             ("node", "proxy", "reason"),
             "Proxied requests that failed here: forbidden, unreachable, late, broken_off, caller_left, failed.",
         ),
+        Family(
+            f"{PREFIX}worker_requests_total",
+            "counter",
+            ("worker",),
+            "Proxied requests by the process that served them; 0 is the main one.",
+        ),
+        Family(f"{PREFIX}workers", "gauge", (), "Processes that serve requests now, the main one included."),
     )
 }
 
@@ -214,20 +222,12 @@ class OwnMetrics:
     def __init__(self, registry: Registry, health: HealthBoard) -> None:
         self._targets = _Targets(registry)
         self._health = health
-        self._registry = CollectorRegistry(auto_describe=False)
-        ProcessCollector(namespace=PREFIX.rstrip("_"), registry=self._registry)
-        self._requests = self._counter("proxy_requests_total")
-        self._bytes = self._counter("proxy_bytes_total")
-        self._errors = self._counter("proxy_errors_total")
-        name, _, labels, text = FAMILIES["proxy_request_seconds"]
-        self._series: dict[TargetLabels, dict[tuple[Counter, str], Counter]] = {}
-        """A target's series, by their counters and last labels: to look one up costs more than to count."""
-        self._seconds = Histogram(name, text, labels, buckets=REQUEST_SECONDS_BUCKETS, registry=self._registry)
-        self._seconds_of: dict[str, Histogram] = {}
-
-    def _counter(self, short: str) -> Counter:
-        name, _, labels, text = FAMILIES[short]
-        return Counter(name, text, labels, registry=self._registry)
+        self._process = CollectorRegistry(auto_describe=False)
+        ProcessCollector(namespace=PREFIX.rstrip("_"), registry=self._process)
+        self._tally = Tally[TargetLabels]()
+        self._by_worker = {0: 0}
+        self.workers: Callable[[], int] = lambda: 1
+        """How many processes serve requests; who starts others replaces it."""
 
     def watching(self, address: Address, path: str) -> Watched:
         """Count a proxied request to `path` at `address`, however it ends: `with` it."""
@@ -240,14 +240,31 @@ class OwnMetrics:
 
     def _ended(self, watched: Watched, error: str | None) -> None:
         target = watched.target
-        self._count(self._requests, target, _CLASSES[watched.status // 100])
-        self._observe(target.kind, time.perf_counter() - watched.began)
+        self._by_worker[0] += 1
+        self._count(target, _BY_CLASS[watched.status // 100])
+        self._tally.observe(target.kind, time.perf_counter() - watched.began)
         if watched.traffic.sent:
-            self._count(self._bytes, target, "sent", watched.traffic.sent)
+            self._count(target, _SENT, watched.traffic.sent)
         if watched.traffic.received:
-            self._count(self._bytes, target, "received", watched.traffic.received)
+            self._count(target, _RECEIVED, watched.traffic.received)
         if error is not None:
-            self._count(self._errors, target, error)
+            self._count(target, Series("proxy_errors_total", error))
+
+    def take(self) -> Counted:
+        """What was counted since the last time, to be counted by another process."""
+        taken = self._tally.taken()
+        counts = [(tuple(target), *series, amount) for target, series, amount in taken.counts()]
+        requests, self._by_worker[0] = self._by_worker[0], 0
+        return Counted(requests, counts, taken.seconds())
+
+    def add(self, worker: int, counted: Counted) -> None:
+        """Count what a worker has counted."""
+        self._forget_the_gone()
+        self._by_worker[worker] = self._by_worker.get(worker, 0) + counted.requests
+        for labels, family, last, amount in counted.counts:
+            self._count(TargetLabels(*labels), Series(family, last), amount)
+        for kind, seconds in counted.seconds.items():
+            self._tally.add_seconds(kind, seconds)
 
     def describe(self, wanted: Wanted, outcomes: Sequence[Outcome], conflicts: int) -> Callable[[], bytes]:
         """Writes the frontend's part of a round's exposition; where nodes were chosen, that of their scrapes alone.
@@ -263,47 +280,60 @@ class OwnMetrics:
             _family("nodes", [({"state": state}, count) for state, count in self._health.counts().items()]),
             _family("build_info", [(build, 1)]),
         ]
+        families.append(_family("workers", [({}, self.workers())]))
+        by_worker = [({"worker": str(worker)}, count) for worker, count in self._by_worker.items()]
+        families.append(_family("worker_requests_total", by_worker))
         self._forget_the_gone()
+        tally = self._tally.copy()
 
         def write() -> bytes:
-            counted = generate_latest(_WithoutCreated(self._registry))
-            return b"".join([*_of_scrapes(outcomes), "".join(families).encode(), counted])
+            process = generate_latest(self._process)
+            texts = "".join([*families, *_of_tally(tally)])
+            return b"".join([*_of_scrapes(outcomes), texts.encode("utf-8", "replace"), process])
 
         return write
 
-    def _count(self, counter: Counter, target: TargetLabels, last: str, amount: float = 1) -> None:
-        if target not in self._targets.known:
-            target = OTHER  # it left while it was asked
-        of_target = self._series.setdefault(target, {})
-        series = of_target.get((counter, last))
-        if series is None:
-            series = of_target[counter, last] = counter.labels(*target, last)
-        series.inc(amount)
-
-    def _observe(self, kind: str, seconds: float) -> None:
-        series = self._seconds_of.get(kind)
-        if series is None:
-            series = self._seconds_of[kind] = self._seconds.labels(kind)
-        series.observe(seconds)
+    def _count(self, target: TargetLabels, series: Series, amount: int = 1) -> None:
+        # one that left while it was asked is no longer told by its name
+        self._tally.count(target if target in self._targets.known else OTHER, series, amount)
 
     def _forget_the_gone(self) -> None:
         """Series of nodes that are no longer registered end, or they would pile up as nodes come and go."""
         if self._targets.refresh():
-            for target in self._series.keys() - self._targets.known:
-                for counter, last in self._series.pop(target):
-                    counter.remove(*target, last)
+            self._tally.keep(self._targets.known.__contains__)
 
 
-class _WithoutCreated:
-    """A registry without the `_created` series, which tell Prometheus' text format nothing and double every counter."""
+def _of_tally(tally: Tally[TargetLabels]) -> Iterator[str]:
+    """As the library wrote it: labels by their names, values with a point."""
+    for short in _COUNTERS:
+        *_, last_label = FAMILIES[short].labels
+        yield _family(
+            short,
+            (
+                (
+                    dict(sorted({"node": target.node, "proxy": target.proxy, last_label: series.last}.items())),
+                    float(amount),
+                )
+                for target, series, amount in tally.counts()
+                if series.family == short
+            ),
+        )
+    yield _head("proxy_request_seconds")
+    for kind, seconds in tally.seconds().items():
+        yield _histogram("proxy_request_seconds", {"kind": kind}, seconds)
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
 
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._registry.collect():
-            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
-            yield metric
+def _histogram(short: str, labels: Mapping[str, str], seconds: Seconds) -> str:
+    counts = list(accumulate(seconds.buckets))
+    bounds = [*(str(float(bound)) for bound in SECONDS_BUCKETS), "+Inf"]
+    lines = [
+        f"{PREFIX}{short}_bucket{_labels({**labels, 'le': bound})} {count}.0\n"
+        for bound, count in zip(bounds, counts, strict=True)
+    ]
+    own = _labels(labels)
+    return "".join(
+        [*lines, f"{PREFIX}{short}_count{own} {counts[-1]}.0\n", f"{PREFIX}{short}_sum{own} {seconds.total}\n"]
+    )
 
 
 def _of_scrapes(outcomes: Sequence[Outcome]) -> Iterator[bytes]:
