@@ -14,6 +14,7 @@ from lmcache_frontend.nodes.neighbours import Neighbours
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.sources import Sources
 from lmcache_frontend.options import Options
+from lmcache_frontend.pages.refusing import shown_to_browsers
 from lmcache_frontend.proxy.policy import Policy
 from lmcache_frontend.proxy.transport import Targets
 from lmcache_frontend.telemetry.health.board import HealthBoard
@@ -48,7 +49,7 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
         ConfigError: its tokens or its audit log cannot be used.
         RouteError: a route module is broken, or two claim one route.
     """
-    app = web.Application(middlewares=[refusals, own_site_only, admitted, audited])
+    app = web.Application(middlewares=[refusals, shown_to_browsers, own_site_only, admitted, audited])
     app[OPTIONS] = options
     app[GATE] = _gate(options)
     app[REGISTRY] = cluster.registry

@@ -15,6 +15,7 @@ import os
 import time
 from datetime import datetime, timezone
 from typing import Any
+from urllib.parse import parse_qsl
 
 from aiohttp import web
 
@@ -157,6 +158,14 @@ async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
         node, role = request.get(CHANGE) or ("", needed(request))
         if role >= Role.OPERATOR:
             await log.add(_line(request, node, status, time.monotonic() - began))
+
+
+async def note_change(request: web.Request, node: str, method: str, target: str, status: int, seconds: float) -> None:
+    """Have a line written for what a page has asked a node in the name of its caller; `target` is path and query."""
+    path, _, query = target.partition("?")
+    asked = dict(parse_qsl(query, keep_blank_values=True)) if len(query) <= MAX_TEXT else {}
+    line = {"node": node, "method": method, "path": path[:MAX_TEXT], "query": secrets.masked(asked)}
+    await request.app[AUDIT].add({**_line(request, node, status, seconds), **line})
 
 
 def _line(request: web.Request, node: str, status: int, seconds: float) -> dict[str, object]:

@@ -20,13 +20,13 @@ from lmcache_shared.access.roles import Role
 from lmcache_shared.access.table import Proxied, of_proxied
 
 
-def admitted(request: web.Request, path: str) -> Proxied:
-    """What a request needs that is to pass to `path` at a target, if its caller has it.
+def admitted(request: web.Request, path: str, method: str = "") -> Proxied:
+    """What a request needs that is to pass to `path` at a target, if its caller has it; `method` if it is another one.
 
     Raises:
         Refusal: 401 or 403.
     """
-    asked = of_proxied(request.method, path)
+    asked = of_proxied(method or request.method, path)
     request.app[GATE].require(request, max(asked.role, Role.VIEWER))
     return asked
 

@@ -1,0 +1,58 @@
+"""Small pictures that the server draws: SVG without a script, its colours from the style sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+SPARK_WIDTH, SPARK_HEIGHT = 96, 24
+"""Units of the picture; the style sheet says how large it is shown."""
+
+
+def spark(values: Sequence[float | None], label: str = "", *, low: float | None = 0.0) -> Markup:
+    """A line of values, oldest first; a gap is a gap, and nothing at all is a dotted line.
+
+    Args:
+        label: what a screen reader says of it; without one it is decoration.
+        low: where the scale begins; None for the lowest value.
+    """
+    known = [value for value in values if value is not None]
+    name = Markup('role="img" aria-label="{}"').format(label) if label else Markup('aria-hidden="true"')
+    start = Markup('<svg class="spark{}" viewBox="0 0 {} {}" preserveAspectRatio="none" {}>')
+    if not known:
+        middle = SPARK_HEIGHT / 2
+        line = Markup('<path class="none" d="M0 {}H{}"/></svg>').format(f"{middle:g}", SPARK_WIDTH)
+        return start.format(" empty", SPARK_WIDTH, SPARK_HEIGHT, name) + line
+    bottom = min(known) if low is None else min(low, *known)
+    height = (max(known) - bottom) or 1.0
+    step = SPARK_WIDTH / max(len(values) - 1, 1)
+    lines, areas, run = [], [], list[str]()
+    for i, value in enumerate([*values, None]):
+        if value is not None:
+            run.append(f"{i * step:.1f} {SPARK_HEIGHT - 1 - (value - bottom) / height * (SPARK_HEIGHT - 3):.1f}")
+            continue
+        if len(run) == 1:  # a single value would be no line
+            run.append(f"{float(run[0].split()[0]) + 1:.1f} {run[0].split()[1]}")
+        if run:
+            lines.append("M" + "L".join(run))
+            first, last = run[0].split()[0], run[-1].split()[0]
+            areas.append(f"M{first} {SPARK_HEIGHT}L" + "L".join(run) + f"L{last} {SPARK_HEIGHT}Z")
+        run = []
+    drawn = Markup('<path class="area" d="{}"/><path class="line" d="{}"/></svg>')
+    return start.format("", SPARK_WIDTH, SPARK_HEIGHT, name) + drawn.format("".join(areas), "".join(lines))
+
+
+def bars(parts: Sequence[tuple[str, float]], label: str) -> Markup:
+    """One bar of parts, each a class and its amount, in proportion."""
+    total = sum(amount for _, amount in parts) or 1.0
+    pieces, left = [], 0.0
+    for kind, amount in parts:
+        width = amount / total * 100
+        if width:
+            pieces.append(
+                Markup('<rect class="{}" x="{}" width="{}" height="6"/>').format(kind, f"{left:.2f}", f"{width:.2f}")
+            )
+        left += width
+    start = Markup('<svg class="bar" viewBox="0 0 100 6" preserveAspectRatio="none" role="img" aria-label="{}">')
+    return start.format(label) + Markup("").join(pieces) + Markup("</svg>")
