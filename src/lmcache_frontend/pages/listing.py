@@ -171,6 +171,7 @@ class Group:
     """Nodes that stand together; `rows` are those of this page, `counts` tell of all of them by state.
 
     Attributes:
+        states: of all of them in their order, where not all are shown.
         proxy: the frontend that they belong to, where they are grouped by that.
         problem: why that one does not tell of its nodes.
     """
@@ -178,6 +179,7 @@ class Group:
     title: str
     rows: Sequence[Row]
     counts: Mapping[str, int]
+    states: Sequence[str] = ()
     proxy: Proxy | None = None
     problem: str | None = None
 
@@ -243,11 +245,10 @@ def listing(app: web.Application, choice: Choice, figures: Figures, page_nodes: 
         begin, end = max(0, first - passed), max(0, first + page_nodes - passed)
         passed += len(members)
         shown = members[begin:end]
-        if not shown and members:
-            continue
+        states = [row.health.state for row in members] if len(shown) < len(members) else ()
         proxy = proxies.get(title)
         problem = None if proxy is None or proxy.name == LOCAL_PROXY else _problem(app, proxy)
-        groups.append(Group(title, shown, _counts(members), proxy, problem))
+        groups.append(Group(title, shown, _counts(members), states, proxy, problem))
     stale = sum(row.stale for row in rows)
     silent = sum(_problem(app, proxy) is not None for proxy, _ in by_proxy if proxy.name != LOCAL_PROXY)
     last = min(first + page_nodes, len(chosen))
