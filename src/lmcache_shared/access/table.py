@@ -45,7 +45,8 @@ BY_METHOD: frozenset[tuple[str, str]] = frozenset(
             /cache/kvcache/info /cache/kvcache/check /freeze/status /inference_info /inference_version /lookup/info
             /backends /cache/lookup
             / /favicon.ico /heartbeat /lmcache_heartbeat /lmcache_infos /api/nodes /api/sources /api/heartbeat/status
-            /api/proxies /api/proxies/{}/nodes /api/proxies/{}/refresh /sd/prometheus
+            /api/proxies /api/proxies/{}/nodes /api/proxies/{}/refresh /api/history /api/history/latest
+            /api/timeline /api/stream /sd/prometheus
             """,
         "POST": """
             /conf /metrics/reset /controller/workers /clear /pin /compress /decompress /move
