@@ -25,6 +25,11 @@ function colour(element) {
 function options(section, width) {
   const unit = section.dataset.unit;
   const items = [...section.querySelectorAll("[data-series]")];
+  const alone = (plot, series) => {
+    const values = plot.data[series];
+    return values.flatMap((value, i) => (value != null && values[i - 1] == null && values[i + 1] == null ? [i] : []));
+  };
+  const powers = [...Array(50).keys()].map((power) => 2 ** power);
   const axis = {
     stroke: colour(section.querySelector(".legend")),
     font: "12px system-ui, sans-serif",
@@ -44,15 +49,15 @@ function options(section, width) {
     cursor: { sync: { key: "node" }, drag: { x: false, y: false }, points: { size: 6 } },
     scales: { y: { range: (_, low, high) => [Math.min(0, low ?? 0), unit === "share" ? 1 : (high || 1) * 1.08] } },
     axes: [
-      { ...axis, values: (_, stamps) => stamps.map((stamp) => new Date(stamp * 1000).toTimeString().slice(0, 5)), space: 70 },
-      { ...axis, values: (_, values) => values.map((value) => shown(value, unit)), size: 66 },
+      { ...axis, values: (_, stamps) => stamps.map((stamp) => new Date(stamp * 1000).toTimeString().slice(0, stamp % 60 ? 8 : 5)), space: 48, size: 28 },
+      { ...axis, values: (_, values) => values.map((value) => shown(value, unit)), size: 62, ...(unit === "bytes" && { incrs: powers }) },
     ],
     series: [
       {},
       ...items.map((item) => ({
         stroke: colour(item),
         width: 1.6,
-        points: { show: false },
+        points: { show: true, size: 4, filter: alone },
         spanGaps: false,
         ...(items.length === 1 && { fill: colour(item).replace(/rgba?\(([^)]*)\)/, (_, rgb) => `rgba(${rgb.split(",").slice(0, 3)}, .1)`) }),
       })),
