@@ -6,10 +6,12 @@ import re
 
 import pytest
 
+from lmcache_api.pytest_plugin import StartApi
 from lmcache_frontend.pages import drawing, wording
 from lmcache_frontend.pages.listing import PAGE_NODES
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from lmcache_frontend.telemetry.health.board import HealthBoard
+from tests.frontend.boards import settled
 
 
 async def names(frontend: RunningFrontend, query: str) -> list[str]:
@@ -47,6 +49,17 @@ async def test_search_and_state(frontend: RunningFrontend) -> None:
 )
 async def test_an_address_that_asks_for_nonsense_is_answered(frontend: RunningFrontend, query: str) -> None:
     await names(frontend, query)
+
+
+async def test_nodes_stand_by_instance_and_model(api_server: StartApi, frontend_server: StartFrontend) -> None:
+    worker = await api_server(role="worker", lmcache_instance_id="rack1")
+    scheduler = await api_server(role="scheduler", lmcache_instance_id="rack0")
+    frontend = await frontend_server(nodes=[worker.node, scheduler.node])
+    await settled(frontend)
+    async with frontend.client.get("/nodes?group=instance") as response:
+        assert re.findall(r'data-key="([^"]*)"', await response.text()) == ["rack0", "rack1"]
+    async with frontend.client.get("/nodes?group=model&q=rack1") as response:
+        assert re.findall(r'data-key="([^"]*)"', await response.text()) == ["standalone_model"]
 
 
 async def test_a_part_is_the_same_address(frontend: RunningFrontend) -> None:

@@ -55,6 +55,8 @@ class Row:
 
 GROUPS: Mapping[str, tuple[str, Callable[[Row], str]]] = {
     "frontend": ("Frontend", lambda row: "this frontend" if row.health.proxy == LOCAL_PROXY else row.health.proxy),
+    "instance": ("Instance", lambda row: row.health.instance or "unknown instance"),
+    "model": ("Model", lambda row: row.health.model or "unknown model"),
     "role": ("Role", lambda row: row.health.role or "unknown role"),
     "version": ("Version", lambda row: row.health.version or "unknown version"),
     "state": ("State", lambda row: row.health.state),
@@ -164,8 +166,8 @@ class Choice:
         if not self.q:
             return True
         node = health.node
-        told = (node.name, str(node.address), health.proxy, health.version or "", health.role or "", node.source)
-        text = " ".join(told).lower()
+        told = (health.version, health.role, health.model, health.instance)
+        text = " ".join((node.name, str(node.address), health.proxy, node.source, *filter(None, told))).lower()
         return all(word in text for word in self.q.lower().split())
 
 
