@@ -2,6 +2,7 @@
 const places = () => document.querySelector("[data-charts]");
 const plots = new Map();
 const HEIGHT = 170;
+const NEWEST = 3;
 
 function shown(value, unit) {
   if (value == null) return "–";
@@ -37,14 +38,18 @@ function options(section, width) {
     ticks: { show: false },
   };
   const update = (plot) => {
-    const at = plot.cursor.idx ?? plot.data[0].length - 1;
+    const at = plot.cursor.idx;
     items.forEach((item, i) => {
-      item.querySelector("strong").textContent = shown(plot.data[i + 1][at], unit);
+      const values = plot.data[i + 1];
+      // The newest step may not have its value yet; what is older than a few is no "now".
+      const value = at == null ? values.slice(-NEWEST).findLast((it) => it != null) : values[at];
+      item.querySelector("strong").textContent = shown(value, unit);
     });
   };
   return {
     width,
     height: HEIGHT,
+    padding: [10, 10, 0, 0],
     legend: { show: false },
     cursor: { sync: { key: "node" }, drag: { x: false, y: false }, points: { size: 6 } },
     scales: { y: { range: (_, low, high) => [Math.min(0, low ?? 0), unit === "share" ? 1 : (high || 1) * 1.08] } },
