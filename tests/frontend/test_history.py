@@ -266,7 +266,7 @@ def same(left: float, right: float) -> bool:
     return (math.isnan(left) and math.isnan(right)) or math.isclose(left, right, rel_tol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_ring_has_what_was_written_and_gaps_in_between(data: st.DataObject) -> None:
     """Beside a dictionary that forgets nothing."""
@@ -275,7 +275,7 @@ def test_a_ring_has_what_was_written_and_gaps_in_between(data: st.DataObject) ->
     slot = data.draw(st.integers(0, 3 * size))
     steps = st.sampled_from([0, 1, 1, 1, 2, 5, FINE_PER_COARSE, size - 1, size, size + 1, COARSE_POINTS * 12 + 7])
     for value in data.draw(st.lists(st.floats(0, 1000, width=32) | st.just(NAN), min_size=1, max_size=30)):
-        slots = data.draw(st.sampled_from([1, 1, 2, 4]))
+        slots = data.draw(st.sampled_from([1, 1, 2, 16]))
         if kept:
             slot += data.draw(steps)
         for covered in range(slot - slots + 1, slot):
@@ -290,9 +290,8 @@ def test_a_ring_has_what_was_written_and_gaps_in_between(data: st.DataObject) ->
     minute = slot // FINE_PER_COARSE
     for number, value in enumerate(ring.coarse(0, minute - COARSE_POINTS - 5, minute + 2), minute - COARSE_POINTS - 5):
         known = [kept[it] for it in range(number * 12, number * 12 + 12) if not math.isnan(kept.get(it, NAN))]
-        expected = sum(known) / len(known) if known and number >= minute - COARSE_POINTS else NAN
-        is_oldest = number == minute - COARSE_POINTS  # while the newest minute is not whole, it may still be there
-        assert same(value, expected) or (is_oldest and math.isnan(value)), number
+        is_old = number <= minute - COARSE_POINTS  # it may be there until another minute takes its place
+        assert same(value, sum(known) / len(known) if known else NAN) or (is_old and math.isnan(value)), number
 
 
 def test_a_minute_has_the_quantile_of_all_that_was_observed_in_it() -> None:

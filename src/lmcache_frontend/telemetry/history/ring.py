@@ -55,11 +55,20 @@ class Ring:
             observed: by histogram, for the quantiles of the minute.
             slots: how many belong to the answer.
         """
-        self._settle(slot // FINE_PER_COARSE)
         if self._fine_end == _BEFORE_ALL:
             self._fine_end = slot
         first = max(slot - slots + 1, min(self._fine_end, slot), slot - FINE_POINTS + 1)
-        missed = range(max(self._fine_end, slot - FINE_POINTS + 1), first)
+        while first <= slot:  # minute by minute
+            last = min(slot, first - first % FINE_PER_COARSE + FINE_PER_COARSE - 1)
+            self._write(first, last, values)
+            for name, seen in observed.items():
+                self._observed[name] = _as_one(self._observed.get(name, []), seen)
+            first = last + 1
+
+    def _write(self, first: int, last: int, values: Sequence[float]) -> None:
+        """The values of some slots of one minute."""
+        self._settle(first // FINE_PER_COARSE)
+        missed = range(max(self._fine_end, first - FINE_POINTS + 1), first)
         for place, value in enumerate(values):
             kept = self._fine[place]
             if kept is None:
@@ -68,11 +77,9 @@ class Ring:
                 kept = self._fine[place] = _NO_FINE[:]
             for gap in missed:
                 kept[gap % FINE_POINTS] = _NAN
-            for filled in range(first, slot + 1):
-                kept[filled % FINE_POINTS] = value
-        self._fine_end = slot + 1
-        for name, seen in observed.items():
-            self._observed[name] = _as_one(self._observed.get(name, []), seen)
+            for slot in range(first, last + 1):
+                kept[slot % FINE_POINTS] = value
+        self._fine_end = last + 1
 
     def fine(self, place: int, start: int, end: int) -> array[float]:
         """The slots from `start` to before `end`."""
