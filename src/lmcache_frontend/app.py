@@ -14,11 +14,14 @@ from lmcache_frontend.nodes.neighbours import Neighbours
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.nodes.sources import Sources
 from lmcache_frontend.options import Options
+from lmcache_frontend.pages.refusing import shown_to_browsers
 from lmcache_frontend.proxy.paths import Paths
 from lmcache_frontend.proxy.policy import Policy
 from lmcache_frontend.proxy.rules import read_rules
 from lmcache_frontend.proxy.transport import Targets
 from lmcache_frontend.telemetry.health.board import HealthBoard
+from lmcache_frontend.telemetry.history.history import History
+from lmcache_frontend.telemetry.history.timeline import TIMELINE, Timeline
 from lmcache_frontend.telemetry.metrics.own import OWN_METRICS, OwnMetrics
 from lmcache_shared import routes
 from lmcache_shared.access.browser import own_site_only
@@ -38,6 +41,7 @@ POLICY: web.AppKey[Policy] = web.AppKey("policy", Policy)
 PATHS: web.AppKey[Paths] = web.AppKey("paths", Paths)
 TARGETS: web.AppKey[Targets] = web.AppKey("targets", Targets)
 HEALTH: web.AppKey[HealthBoard] = web.AppKey("health", HealthBoard)
+HISTORY: web.AppKey[History] = web.AppKey("history", History)
 
 READY: web.AppKey[Callable[[], str | None]] = web.AppKey("ready")
 """Why the frontend is not ready to be asked, or `None`. Who knows a reason replaces it."""
@@ -53,12 +57,14 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
         ConfigError: its tokens or its audit log cannot be used.
         RouteError: a route module is broken, or two claim one route.
     """
-    app = proxying_app(options, cluster.registry, cluster.health)
+    app = proxying_app(options, cluster.registry, cluster.health, cluster.timeline)
+    app.middlewares.insert(1, shown_to_browsers)
     app[SOURCES] = cluster.sources
     app[BY_HAND] = cluster.by_hand
     app[NEIGHBOURS] = cluster.neighbours
     app[DISCOVERY] = cluster.discovery
     app[HEALTH] = cluster.health
+    app[HISTORY] = cluster.history
     app[READY] = cluster.not_ready
     folders = options.route_folder or []
     routes.add_routes(
@@ -74,7 +80,7 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     return app
 
 
-def proxying_app(options: Options, registry: Registry, health: HealthBoard) -> web.Application:
+def proxying_app(options: Options, registry: Registry, health: HealthBoard, timeline: Timeline) -> web.Application:
     """What serves proxied requests, and no route: what `proxy/passing.py` asks an application for.
 
     Raises:
@@ -85,6 +91,7 @@ def proxying_app(options: Options, registry: Registry, health: HealthBoard) -> w
     app[HOSTS] = Hosts(options.allow_host, option="--allow-host", own=(options.host, options.report_host or ""))
     app[GATE] = _gate(options)
     app[REGISTRY] = registry
+    app[TIMELINE] = timeline
     app[POLICY] = Policy(registry, read_rules(options.socket_prefix, options.allow_target))
     app[PATHS] = Paths(registry)
     app[OWN_METRICS] = OwnMetrics(registry, health)

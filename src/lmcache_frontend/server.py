@@ -56,7 +56,7 @@ class FrontendServer:
         self._options = options
         app = create_app(options, self.cluster)
         app[HEARTBEAT] = self.heartbeat
-        self.workers = Workers(options, self.cluster.registry, app[OWN_METRICS])
+        self.workers = Workers(options, self.cluster.registry, app[OWN_METRICS], self.cluster.timeline)
         app.middlewares.append(telling(self.workers, self.cluster.registry))
         runner = make_runner(
             app,

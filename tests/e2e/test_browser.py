@@ -1,48 +1,14 @@
 """The pages in a real Chromium."""
 
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser
 
 from lmcache_api.pytest_plugin import free_port
+from tests.e2e.conftest import REBOUND
+from tests.e2e.pages import Seen
 from tests.e2e.processes import read_until, running
-
-REBOUND = "rebound.example.com"
-"""A name of somebody else's that points here, to the browser."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    names = (os.environ.get("CHROMIUM") or "", "chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if name and (found := shutil.which(name))), None)
-    assert path, "Chromium not found; `make test` installs it where it can, CHROMIUM names it"
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    flags.append(f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=flags)
-        yield browser
-        browser.close()
-
-
-class Seen:
-    """A page, and what went wrong in it or went out of it."""
-
-    def __init__(self, browser: Browser, port: int) -> None:
-        self.page: Page = browser.new_page(viewport={"width": 1200, "height": 700})
-        self.url = f"http://127.0.0.1:{port}/"
-        self.errors: list[str] = []
-        self.outside: list[str] = []
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
-        self.page.on(
-            "request",
-            lambda request: None if request.url.startswith(self.url) else self.outside.append(request.url),
-        )
 
 
 def test_the_dashboard_lives_on_its_own_and_tells_when_it_is_old(browser: Browser, tmp_path: Path) -> None:
@@ -63,13 +29,13 @@ def test_the_dashboard_lives_on_its_own_and_tells_when_it_is_old(browser: Browse
             read_until(api, "serves on")
             page.get_by_text("1 up").wait_for(timeout=15_000)  # without a reload
             assert page.title() == "LMCache: 1 of 1 nodes up"
-            row = page.get_by_role("row").nth(1)
-            text = row.inner_text()
+            page.goto(f"{seen.url}nodes")
+            text = page.get_by_role("row").nth(1).inner_text()
             for expected in ("worker0", "up", "worker", "0.1.0-embedded", f"{tmp_path}/s_7000"):
                 assert expected in text
-            with page.expect_navigation():
-                row.get_by_role("link", name="metrics").click()
-            assert "lmcache:lmcache_is_healthy" in page.content()
+            page.get_by_role("link", name="worker0", exact=True).click()
+            page.get_by_role("link", name="Metrics").click()
+            assert page.get_by_text("lmcache:lmcache_is_healthy", exact=True).is_visible()
             page.goto(seen.url)
             assert (seen.errors, seen.outside) == ([], [])
             first.terminate()
@@ -108,13 +74,13 @@ def test_who_signs_in_needs_no_javascript(browser: Browser) -> None:
             assert opened is not None
             assert (opened.status, page.url) == (200, f"{url}/sign-in")  # a page that needs a token leads there
             page.fill("input[name=token]", "a-wrong-token")
-            page.click("text=Sign in")
-            assert "none that this server knows" in page.inner_text("[role=alert]")
+            page.click("button:text-is('Sign in')")
+            assert "none that this server knows" in page.inner_text("main [role=alert]")
             page.fill("input[name=token]", token)
-            page.click("button")
+            page.click("button:text-is('Sign in')")
             page.wait_for_url(f"{url}/")
             assert "LMCache" in page.title()
-            page.click("footer a")
+            page.click("header .who")
             page.click("text=Sign out")
             assert context.cookies() == []
 

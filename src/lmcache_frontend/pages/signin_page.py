@@ -10,21 +10,13 @@ from aiohttp import web
 
 from lmcache_frontend.pages import rendering
 from lmcache_shared.access.browser import followed_here
-from lmcache_shared.access.gate import GATE, caller_of
+from lmcache_shared.access.gate import GATE
 from lmcache_shared.access.roles import Role, needs
 from lmcache_shared.errors import Refusal
 from lmcache_shared.schema import read_body
 
 MAX_BODY_BYTES = 4096
 COOKIE_SECONDS = 12 * 3600
-
-_HEADERS = {
-    **rendering.SECURITY_HEADERS,
-    "Content-Security-Policy": rendering.SECURITY_HEADERS["Content-Security-Policy"].replace(
-        "form-action 'none'", "form-action 'self'"
-    ),
-    "Referrer-Policy": "same-origin",  # without a referrer a form is sent as from nowhere (`Origin: null`), and refused
-}
 
 router = web.RouteTableDef()
 
@@ -40,7 +32,7 @@ async def form(request: web.Request) -> web.Response:
     token = request.query.get("token")
     if token and followed_here(request):
         return await _signed_in(request, token)
-    return _page(request, "")
+    return await _page(request, "")
 
 
 @router.post("/sign-in")
@@ -64,7 +56,7 @@ async def _signed_in(request: web.Request, token: str) -> web.Response:
     try:
         await request.app[GATE].holder(request, token)
     except Refusal as refusal:
-        return _page(request, str(refusal.detail), refusal.status)
+        return await _page(request, str(refusal.detail), refusal.status)
     response = _to("/")
     is_https = "https" in (request.scheme, request.headers.get("X-Forwarded-Proto", ""))
     response.set_cookie(
@@ -84,9 +76,8 @@ def _cookie(request: web.Request) -> str:
 
 
 def _to(path: str) -> web.Response:
-    return web.Response(status=303, headers={**_HEADERS, "Location": path})
+    return web.Response(status=303, headers={**rendering.SECURITY_HEADERS, "Location": path})
 
 
-def _page(request: web.Request, problem: str, status: int = 200) -> web.Response:
-    text = rendering.html(request, "sign_in.html", {"caller": caller_of(request), "problem": problem})
-    return web.Response(text=text, status=status, content_type="text/html", headers=_HEADERS)
+async def _page(request: web.Request, problem: str, status: int = 200) -> web.Response:
+    return await rendering.show(request, "sign_in.html", {"problem": problem}, status=status)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from aiohttp import web
 
 from lmcache_frontend.app import PATHS, POLICY, REGISTRY, TARGETS
-from lmcache_frontend.audit import CHANGE
+from lmcache_frontend.audit import CHANGE, Change
 from lmcache_frontend.proxy import target
 from lmcache_frontend.proxy.exchange import Outgoing, Proxying
 from lmcache_frontend.proxy.headers import refuse_loops
@@ -41,7 +41,7 @@ async def _pass(request: Proxying, meant: Meant) -> web.StreamResponse:
     wanted, asked, known = meant
     refuse_loops(request)
     require(request, asked)
-    request[CHANGE] = (wanted.address, asked.role)
+    request[CHANGE] = Change(wanted.address, wanted.path, len(wanted.skipped), asked.role)
     caller = introduction(request, asked, app[REGISTRY].token_of(wanted.address))
     with app[OWN_METRICS].watching(wanted.address, wanted.path) as watched:
         allowed = app[POLICY].allowed(request, wanted.address)

@@ -16,7 +16,7 @@ from lmcache_shared.access.asking import Asking
 from lmcache_shared.access.caller import is_local_caller
 from lmcache_shared.access.gate import GATE, caller_of
 from lmcache_shared.access.roles import Role
-from lmcache_shared.access.table import Proxied
+from lmcache_shared.access.table import Proxied, of_proxied
 
 
 def require(request: Asking, asked: Proxied) -> None:
@@ -26,6 +26,17 @@ def require(request: Asking, asked: Proxied) -> None:
         Refusal: 401 or 403.
     """
     request.app[GATE].require(request, max(asked.role, Role.VIEWER))
+
+
+def admitted(request: Asking, path: str, method: str) -> Proxied:
+    """What it needs to ask `path` at a target by `method`, if the caller has it.
+
+    Raises:
+        Refusal: 401 or 403.
+    """
+    asked = of_proxied(method, path)
+    require(request, asked)
+    return asked
 
 
 def introduction(request: Asking, asked: Proxied, token: str | None) -> Introduction:

@@ -51,6 +51,8 @@ class Kind(enum.IntEnum):
     """What the worker has counted since the last time (`tally.Counted`)."""
     CONNECTION = 6
     """A caller's connection, with its bytes that were read."""
+    HAPPENED = 7
+    """What was changed by the worker's callers since the last time: events of the timeline (`timeline.Event`)."""
 
 
 _KINDS = frozenset(Kind)

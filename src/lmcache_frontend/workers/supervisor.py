@@ -25,6 +25,7 @@ from aiohttp.typedefs import Handler, Middleware
 from lmcache_frontend.nodes.registry import Registry
 from lmcache_frontend.options import Options
 from lmcache_frontend.proxy.front import Others
+from lmcache_frontend.telemetry.history.timeline import Event, Timeline
 from lmcache_frontend.telemetry.metrics.own import OwnMetrics
 from lmcache_frontend.telemetry.metrics.tally import Counted
 from lmcache_frontend.workers import ports, snapshot
@@ -73,12 +74,14 @@ class Workers:
         options: of the frontend; so many workers less one are started.
         registry: what they are told of.
         metrics: count what they have counted.
+        timeline: has what was changed by their callers.
     """
 
-    def __init__(self, options: Options, registry: Registry, metrics: OwnMetrics) -> None:
+    def __init__(self, options: Options, registry: Registry, metrics: OwnMetrics, timeline: Timeline) -> None:
         self._options = options
         self._registry = registry
         self._metrics = metrics
+        self._timeline = timeline
         self._workers: list[_Place] = []
         self._publishing: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
@@ -318,6 +321,8 @@ class _Place:
                 self._adopting.take(file, payload)
         elif kind == Kind.COUNTED:
             self._workers._metrics.add(self.number, msgspec.msgpack.decode(payload, type=Counted))
+        elif kind == Kind.HAPPENED:
+            self._workers._timeline.record_all(msgspec.msgpack.decode(payload, type=list[Event]))
         elif kind == Kind.KNOWS:
             (self.knows,) = _NUMBER.unpack(payload)
             self._has_served = True

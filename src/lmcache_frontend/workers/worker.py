@@ -24,6 +24,7 @@ from lmcache_frontend.nodes.registry import Registry, View, view_of
 from lmcache_frontend.options import PROGRAM, Options
 from lmcache_frontend.proxy.front import Front
 from lmcache_frontend.telemetry.health.board import HealthBoard
+from lmcache_frontend.telemetry.history.timeline import TIMELINE, Timeline
 from lmcache_frontend.telemetry.metrics.own import OWN_METRICS
 from lmcache_frontend.workers import snapshot
 from lmcache_frontend.workers.adopting import sending_over
@@ -67,6 +68,8 @@ class Worker:
     def __init__(self, sock: socket.socket, stop: asyncio.Event) -> None:
         self._stop = stop
         self._is_alone = False
+        self._told = 0
+        """The number of the last event of which the main process was told."""
         self._start: asyncio.Future[Start] = asyncio.get_running_loop().create_future()
         self._snapshots: asyncio.Queue[bytes] = asyncio.Queue()
         self._channel = Channel(sock, self._received, self._lost)
@@ -86,7 +89,7 @@ class Worker:
         options = start.options
         program.configure_logging(options.log_level)
         registry = Registry(host=options.host, port=options.port)
-        app = proxying_app(options, registry, HealthBoard(registry))  # nothing is checked here
+        app = proxying_app(options, registry, HealthBoard(registry), Timeline())  # nothing is checked here
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
         front = Front(
@@ -138,6 +141,10 @@ class Worker:
     def _tell(self, app: web.Application) -> None:
         if self._channel.waiting == 0:  # else all is told together, later
             self._channel.send(Kind.COUNTED, _encoder.encode(app[OWN_METRICS].take()))
+            happened = app[TIMELINE].since(self._told)
+            if happened:
+                self._told = happened[-1].number
+                self._channel.send(Kind.HAPPENED, _encoder.encode(happened))
 
     async def _tell_last(self, app: web.Application) -> None:
         with contextlib.suppress(asyncio.TimeoutError):

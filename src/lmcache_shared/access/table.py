@@ -45,8 +45,10 @@ BY_METHOD: frozenset[tuple[str, str]] = frozenset(
             /metrics /controller/key-stats /controller/workers /hot_cache/status /bypass/list /chunk_statistics/status
             /cache/kvcache/info /cache/kvcache/check /freeze/status /inference_info /inference_version /lookup/info
             /backends /cache/lookup
-            / /favicon.ico /heartbeat /lmcache_heartbeat /lmcache_infos /api/nodes /api/sources /api/heartbeat/status
-            /api/proxies /api/proxies/{}/nodes /api/proxies/{}/refresh /sd/prometheus
+            / /nodes /favicon.ico
+            /heartbeat /lmcache_heartbeat /lmcache_infos /api/nodes /api/sources /api/heartbeat/status
+            /api/proxies /api/proxies/{}/nodes /api/proxies/{}/refresh /api/history /api/history/latest
+            /api/timeline /api/stream /sd/prometheus
             """,
         "POST": """
             /conf /metrics/reset /controller/workers /clear /pin /compress /decompress /move

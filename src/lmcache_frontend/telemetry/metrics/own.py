@@ -238,6 +238,11 @@ class OwnMetrics:
         """Count a request for the same as a former one, since which the registry has not changed."""
         return Watched(self._ended, former.target)
 
+    def target_of(self, address: Address, path: str) -> TargetLabels:
+        """Whom a proxied request to `path` at `address` is for."""
+        self._forget_the_gone()
+        return self._targets.labels(address, path)
+
     def _ended(self, watched: Watched, error: str | None) -> None:
         target = watched.target
         self._by_worker[0] += 1

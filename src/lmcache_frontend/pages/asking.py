@@ -1,0 +1,241 @@
+"""A page asks a node, for the caller who looks at it: what the proxy would let pass, bounded in bytes and in time.
+
+Nothing is raised for what a node, the way to it or the caller's role makes impossible: the outcome says it, and the
+page shows it in the form that each kind has (`macros.html`, `outcome`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from aiohttp import web
+
+from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
+from lmcache_frontend.audit import note_asked
+from lmcache_frontend.nodes.node import Node
+from lmcache_frontend.proxy.exchange import Answer, Outgoing
+from lmcache_frontend.proxy.headers import refuse_loops, request_fields
+from lmcache_frontend.proxy.vouching import admitted, introduction
+from lmcache_frontend.telemetry import client
+from lmcache_frontend.telemetry.health.behind import from_the_way, not_reached
+from lmcache_shared.access.caller import SPEAKING_FOR_OTHERS
+from lmcache_shared.access.roles import Role
+from lmcache_shared.access.table import of_proxied
+from lmcache_shared.errors import Refusal
+from lmcache_shared.responses import json_text
+
+MOST_BYTES = 4 << 20
+"""Of an answer, unless a page says otherwise."""
+
+SECONDS = 10.0
+"""For a question and its whole answer, unless a page says otherwise."""
+
+MAX_DETAIL = 2000
+"""Characters of what a node says of a failure."""
+
+Kind = Literal["ok", "refused", "offline", "late", "missing", "unavailable", "failed", "too large"]
+"""How a question ended.
+
+ok          the node did what it was asked
+refused     the caller's role is not enough, or the node wants a token that nobody has
+offline     the node cannot be reached
+late        the node has not answered in time; it may still do what it was asked
+missing     the node does not know the endpoint
+unavailable the node has no part that could do it (a scheduler has no engine)
+failed      the node says that it went wrong
+too large   the answer is larger than what a page holds
+"""
+
+_KEPT = frozenset(name.lower().encode() for name in SPEAKING_FOR_OTHERS) | {
+    b"via",
+    b"authorization",
+    b"x-forwarded-host",
+    b"x-forwarded-proto",
+}
+"""Of the caller's fields: who asks. What the answer is to look like is the page's business."""
+
+_KINDS: Mapping[int, Kind] = {
+    401: "refused",
+    403: "refused",
+    404: "missing",
+    405: "missing",
+    501: "missing",
+    503: "unavailable",
+    504: "late",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a question.
+
+    Attributes:
+        kind: how it ended.
+        status: the node's, or that which the proxy would have given.
+        body: the node's answer; cut off where it was too large.
+        problem: why it is not `ok`, in a sentence or in the node's words.
+        needs: the role that the caller lacks.
+        by_node: it was the node that refused, not this frontend.
+    """
+
+    kind: Kind
+    status: int
+    body: bytes = b""
+    problem: str = ""
+    needs: Role | None = None
+    by_node: bool = False
+
+    @property
+    def ok(self) -> bool:
+        return self.kind == "ok"
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8", "replace")
+
+    def json(self) -> object:
+        """The answer as JSON; None when it is none."""
+        try:
+            found: object = json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+        return found
+
+    def object(self) -> dict[str, object]:
+        """The answer as a JSON object; an empty one when it is none."""
+        found = self.json()
+        return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a node is asked: `path` with its query, quoted as it is to be sent."""
+
+    method: str
+    path: str
+    body: bytes | None = None
+    content_type: str = "application/json"
+    seconds: float = SECONDS
+    most: int = MOST_BYTES
+
+    @classmethod
+    def of_json(cls, method: str, path: str, value: object, *, seconds: float = SECONDS) -> Question:
+        """With a body in JSON."""
+        return cls(method, path, json_text(value).encode(), seconds=seconds)
+
+
+async def ask(request: web.Request, proxy: str, node: Node, question: Question) -> Outcome:
+    """Ask a proxy's node for the caller of `request`; what needs an operator or an admin goes into the audit log.
+
+    Raises:
+        Refusal: 508, the request goes in a circle.
+    """
+    refuse_loops(request)
+    path = node.reach.prefix + question.path
+    try:
+        asked = admitted(request, path, question.method)
+    except Refusal as refusal:
+        needs = max(of_proxied(question.method, path).role, Role.VIEWER)
+        outcome = Outcome("refused", refusal.status, problem=str(refusal.detail), needs=needs)
+        if needs >= Role.OPERATOR:
+            await note_asked(request, (proxy, node), question.method, question.path, outcome.status, 0.0)
+        return outcome
+    began = time.monotonic()
+    token = request.app[REGISTRY].token_of(node.reach.address)
+    shown = request_fields(request, "", introduction(request, asked, token))
+    outgoing = _outgoing(question, path, [field for field in shown if field[0].lower() in _KEPT])
+    try:
+        outcome = await asyncio.wait_for(_exchange(request, proxy, node, outgoing, question.most), question.seconds)
+    except asyncio.TimeoutError:
+        outcome = Outcome("late", 504, problem=f"no whole answer within {question.seconds:g} seconds")
+    except Refusal as refusal:
+        kind: Kind = {503: "offline", 502: "offline", 504: "late"}.get(refusal.status, "failed")  # type: ignore[assignment]
+        outcome = Outcome(kind, refusal.status, problem=from_the_way(str(refusal.detail), node, proxy))
+    if asked.role >= Role.OPERATOR:
+        seconds = time.monotonic() - began
+        await note_asked(request, (proxy, node), question.method, question.path, outcome.status, seconds)
+    return outcome
+
+
+def _outgoing(question: Question, path: str, shown: list[tuple[bytes, bytes]]) -> Outgoing:
+    fields = [*shown, (b"Accept", b"application/json, text/plain;q=0.9, */*;q=0.1"), (b"Accept-Encoding", b"identity")]
+    if question.body is None:
+        return Outgoing(question.method, path, fields)
+    fields.append((b"Content-Type", question.content_type.encode("ascii", "replace")))
+    fields.append((b"Content-Length", b"%d" % len(question.body)))
+    return Outgoing(question.method, path, fields, _Whole(question.body))
+
+
+class _Whole:
+    """A body that is here already."""
+
+    is_chunked = False
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def whole(self) -> bytes:
+        return self._data
+
+    async def read(self) -> bytes:
+        return b""
+
+
+async def _exchange(request: web.Request, proxy: str, node: Node, outgoing: Outgoing, most: int) -> Outcome:
+    address = request.app[POLICY].allowed(request, node.reach.address)
+    target = await request.app[TARGETS].get(address)
+    answer = await target.request(outgoing)
+    try:
+        body = await _read(answer, most)
+        if len(body) > most:
+            problem = f"the answer is larger than the {most >> 20} MiB that a page holds"
+            return Outcome("too large", answer.status, body[:most], problem)
+        return _judged(answer, body, proxy, node)
+    except ConnectionError as error:
+        return Outcome("failed", 502, problem=f"the answer broke off: {error or type(error).__name__}")
+    finally:
+        answer.release()
+
+
+async def _read(answer: Answer, most: int) -> bytes:
+    """The body, or a little more than `most` bytes of it."""
+    body = bytearray()
+    while len(body) <= most:
+        piece, ended = answer.take()
+        body += piece
+        if ended:
+            break
+        if not piece:
+            await answer.wait()
+    return bytes(body[: most + 1])
+
+
+def _judged(answer: Answer, body: bytes, proxy: str, node: Node) -> Outcome:
+    sandboxed = any(name.lower() == b"content-security-policy" and b"sandbox" in value for name, value in answer.fields)
+    way = not_reached(client.Answer(answer.status, body, 0.0, sandboxed=sandboxed), node, proxy)
+    if way is not None:
+        return Outcome("refused" if answer.status in (401, 403) else "offline", answer.status, problem=way)
+    if answer.status < 400:
+        return Outcome("ok", answer.status, body)
+    kind = _KINDS.get(answer.status, "failed")
+    return Outcome(kind, answer.status, body, _detail(body) or f"answers {answer.status}", by_node=True)
+
+
+def _detail(body: bytes) -> str:
+    """What a node says of a failure, in any of its shapes."""
+    outcome = Outcome("failed", 0, body)
+    found = outcome.object()
+    said = found.get("message") or found.get("detail") or found.get("error")
+    if isinstance(said, list):  # what is wrong with parameters
+        said = "; ".join(
+            f"{'.'.join(str(part) for part in it.get('loc', ()))}: {it.get('msg')}"
+            for it in said
+            if isinstance(it, dict)
+        )
+    text = str(said) if said else outcome.text
+    return " ".join(text[:MAX_DETAIL].split())
