@@ -16,7 +16,7 @@ from typing import Literal
 from aiohttp import web
 
 from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
-from lmcache_frontend.audit import AUDIT, note_change
+from lmcache_frontend.audit import note_asked
 from lmcache_frontend.nodes.node import Node
 from lmcache_frontend.proxy.exchange import Answer, Outgoing
 from lmcache_frontend.proxy.headers import refuse_loops, request_fields
@@ -142,7 +142,8 @@ async def ask(request: web.Request, proxy: str, node: Node, question: Question) 
     except Refusal as refusal:
         needs = max(of_proxied(question.method, path).role, Role.VIEWER)
         outcome = Outcome("refused", refusal.status, problem=str(refusal.detail), needs=needs)
-        await _note(request, node, question, outcome, needs, 0.0)
+        if needs >= Role.OPERATOR:
+            await note_asked(request, (proxy, node), question.method, question.path, outcome.status, 0.0)
         return outcome
     began = time.monotonic()
     token = request.app[REGISTRY].token_of(node.reach.address)
@@ -155,7 +156,9 @@ async def ask(request: web.Request, proxy: str, node: Node, question: Question) 
     except Refusal as refusal:
         kind: Kind = {503: "offline", 502: "offline", 504: "late"}.get(refusal.status, "failed")  # type: ignore[assignment]
         outcome = Outcome(kind, refusal.status, problem=from_the_way(str(refusal.detail), node, proxy))
-    await _note(request, node, question, outcome, asked.role, time.monotonic() - began)
+    if asked.role >= Role.OPERATOR:
+        seconds = time.monotonic() - began
+        await note_asked(request, (proxy, node), question.method, question.path, outcome.status, seconds)
     return outcome
 
 
@@ -236,10 +239,3 @@ def _detail(body: bytes) -> str:
         )
     text = str(said) if said else outcome.text
     return " ".join(text[:MAX_DETAIL].split())
-
-
-async def _note(
-    request: web.Request, node: Node, question: Question, outcome: Outcome, role: Role, seconds: float
-) -> None:
-    if role >= Role.OPERATOR and AUDIT in request.app:
-        await note_change(request, str(node.reach.address), question.method, question.path, outcome.status, seconds)

@@ -98,6 +98,7 @@ class Tab:
         answers: a GET that must not say 404, 501 or 503: an engine that is there, and not the route alone.
         setting: one that must not be off for the tab to be shown (`/conf`).
         refresh: its part is asked for again after so many seconds while somebody looks; 0 for never.
+        topics: of `/api/stream`, those after which it is asked for; without any it is asked for again and again.
         actions: what its forms do.
     """
 
@@ -109,6 +110,7 @@ class Tab:
     answers: str = ""
     setting: str = ""
     refresh: int = 0
+    topics: str = ""
     actions: Mapping[str, Action] = field(default_factory=dict)
 
 
