@@ -190,7 +190,7 @@ async def test_details_tell_what_was_printed_and_where_it_failed(server: Running
     assert (status, told["error"], told["output"]) == (500, "Error executing script: 'no'", "before\n")
     lines = ['  File "<script>", line 4, in <module>', "    f()", '  File "<script>", line 3, in f']
     assert told["traceback"].splitlines() == [
-        "Traceback (most recent call last):", *lines, "    return {}['no']", "KeyError",
+        "Traceback (most recent call last):", *lines, "    return {}['no']",  "KeyError: 'no'",
     ]  # fmt: skip
     status, told = await details(server, "x = 1\ny = =")
     assert (status, told["traceback"].splitlines()[1]) == (500, '  File "<script>", line 2, in <module>')

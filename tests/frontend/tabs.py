@@ -67,8 +67,8 @@ def changes(text: str) -> list[tuple[str, str, str]]:
 
 
 @contextlib.asynccontextmanager
-async def another(answers: Mapping[str, object]) -> AsyncIterator[dict[str, object]]:
-    """A node that is not ours: GET of these paths answers this in JSON, of all others 404."""
+async def pages_of_another(frontend_server: StartFrontend, answers: Mapping[str, object]) -> AsyncIterator[Pages]:
+    """A frontend of a node that is not ours: GET of these paths answers this in JSON, of all others 404."""
 
     async def answer(request: web.Request) -> web.Response:
         if request.path not in answers:
@@ -78,4 +78,7 @@ async def another(answers: Mapping[str, object]) -> AsyncIterator[dict[str, obje
     app = web.Application()
     app.router.add_get("/{path:.*}", answer)
     async with TestServer(app, host="127.0.0.1") as server:
-        yield {"name": "another", "host": "127.0.0.1", "port": server.port}
+        node = {"name": "another", "host": "127.0.0.1", "port": server.port}
+        frontend = await frontend_server(nodes=[node])
+        yield Pages(frontend, "another")
+        await frontend.server.stop()  # before the node is gone, or a connection to it would be left

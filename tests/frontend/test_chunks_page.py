@@ -4,7 +4,7 @@ import pytest
 
 from lmcache_api.pytest_plugin import RunningApi, StartApi
 from lmcache_frontend.pytest_plugin import StartFrontend
-from tests.frontend.tabs import Pages, another, changes, pages_of, part
+from tests.frontend.tabs import Pages, changes, pages_of, pages_of_another, part
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ async def test_figures_of_another_server_and_what_is_none(frontend_server: Start
         "enabled": True, "total_chunks": 4, "duplicate_chunks": 1, "unique_chunks": "three", "reuse_rate": 0.25,
         "timing": None, "bloom_filter": {"item_count": 11, "expected_elements": 10}, "file": {"name": "x.jsonl"},
     }  # fmt: skip
-    async with another({"/chunk_statistics/status": told}) as node:
-        text = part(await Pages(await frontend_server(nodes=[node]), "another").open("chunks"))
+    async with pages_of_another(frontend_server, {"/chunk_statistics/status": told}) as pages:
+        text = part(await pages.open("chunks"))
     for expected in (
         "25.0 %",
         "Different \N{EN DASH}",

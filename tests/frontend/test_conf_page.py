@@ -7,7 +7,7 @@ import pytest
 from lmcache_api.pytest_plugin import RunningApi, StartApi
 from lmcache_frontend.pages.settings_form import Setting
 from lmcache_frontend.pytest_plugin import StartFrontend
-from tests.frontend.tabs import Pages, another, changes, pages_of, part
+from tests.frontend.tabs import Pages, changes, pages_of, pages_of_another, part
 
 
 @pytest.fixture
@@ -121,9 +121,9 @@ async def test_a_viewer_gets_no_fields(api_server: StartApi, frontend_server: St
 
 
 async def test_a_node_that_tells_no_defaults_marks_nothing(frontend_server: StartFrontend) -> None:
-    async with another({"/conf": {"chunk_size": 256, "local_disk": None, "extra": {"a": 1}}}) as node:
-        frontend = await frontend_server(nodes=[node])
-        text = await Pages(frontend, "another").open("conf")
+    values = {"chunk_size": 256, "local_disk": None, "extra": {"a": 1}}
+    async with pages_of_another(frontend_server, {"/conf": values}) as pages:
+        text = await pages.open("conf")
     assert "This node does not tell types and defaults (Not Found)" in part(text)
     assert 'name="new.chunk_size" value="256"' in text
     assert "not the default" not in part(text)

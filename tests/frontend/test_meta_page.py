@@ -9,7 +9,7 @@ from lmcache_api.pytest_plugin import StartApi
 from lmcache_frontend.pages.tabs.meta_tab import layout_of
 from lmcache_frontend.pytest_plugin import StartFrontend
 from lmcache_shared.settings import Settings
-from tests.frontend.tabs import Pages, another, pages_of, part
+from tests.frontend.tabs import pages_of, pages_of_another, part
 
 
 async def test_version_layout_and_every_value(api_server: StartApi, frontend_server: StartFrontend) -> None:
@@ -46,14 +46,13 @@ def test_a_shape_that_is_none(shape: Any) -> None:
 
 
 async def test_a_node_that_tells_part_of_it(frontend_server: StartFrontend) -> None:
-    async with another({"/meta": {"engine": {"a": {"b": "<i>"}, "empty": {}}}, "/version": "9"}) as node:
-        pages = Pages(await frontend_server(nodes=[node]), "another")
+    told = {"/meta": {"engine": {"a": {"b": "<i>"}, "empty": {}}}, "/version": "9"}
+    async with pages_of_another(frontend_server, told) as pages:
         text = await pages.open("meta")
         assert "engine.a.b" in text
         assert "&lt;i&gt;" in text
         assert "Version 9 Release \N{EN DASH} Not Found" in part(text)
-    async with another({"/meta": []}) as node:
-        pages = Pages(await frontend_server(nodes=[node]), "another")
+    async with pages_of_another(frontend_server, {"/meta": []}) as pages:
         assert "No metadata" in part(await pages.open("meta"))
 
 

@@ -290,8 +290,8 @@ def _work(
         except BaseException as error:
             failure = type(error).__name__  # its text is the script's own code, which may fail too
             logger.info("a script of /run_script failed%s", _line(error))
-            where = _where(source, error) if printed is not None else ""
-            failure = str.__str__(str(error)) or failure
+            failure, kind = str.__str__(str(error)) or failure, failure
+            where = _where(source, error, kind, failure) if printed is not None else ""
         else:
             outcome.set_result(answer)
     except BaseException:
@@ -307,8 +307,8 @@ def _line(error: BaseException) -> str:
     return f" in line {lines[-1]}" if lines else ""
 
 
-def _where(source: bytes, error: BaseException) -> str:
-    """The script's own frames, as Python writes them, and the kind of the error."""
+def _where(source: bytes, error: BaseException, kind: str, said: str) -> str:
+    """The script's own frames and the error, as Python writes them."""
     lines = source.decode("utf-8", "replace").splitlines()
     text = ["Traceback (most recent call last):"]
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == NAME]
@@ -319,7 +319,7 @@ def _where(source: bytes, error: BaseException) -> str:
         text.append(f'  File "{NAME}", line {number}, in {name}')
         if 0 < number <= len(lines):
             text.append(f"    {lines[number - 1].strip()}")
-    return "\n".join([*text, type(error).__name__])
+    return "\n".join([*text, kind if said == kind else f"{kind}: {said}"])
 
 
 def _execute(source: bytes, app: object, allowed: Sequence[str], printed: Printed | None) -> str:

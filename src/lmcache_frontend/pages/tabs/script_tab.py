@@ -103,7 +103,8 @@ def result_of(outcome: Outcome) -> Result:
             return Result(True, "The script has run.", extra={"sections": [("Result", outcome.text)]})
         return Result(False, outcome.problem, extra={"outcome": outcome})
     took = wording.span(seconds)
-    names = (("Result", "result"), ("Error", "error"), ("Output", "output"), ("Traceback", "traceback"))
+    failure = "traceback" if said.get("traceback") else "error"  # which ends in the error
+    names = (("Result", "result"), ("Error", failure), ("Output", "output"))
     sections = [(title, text(said.get(name))) for title, name in names if said.get(name)]
     failed = f"The script failed after {took}."
     return Result(outcome.ok, f"The script has run in {took}." if outcome.ok else failed, extra={"sections": sections})
