@@ -31,8 +31,8 @@ AWAY = {"X-Forwarded-For": "10.0.0.9"}
 ROUTES = {
     # of a component
     Role.VIEWER: """
-        GET /version /lmc_version /commit_id /meta /metrics /conf /loglevel /loglevel?logger_name=x /periodic-threads
-        GET /periodic-threads/{thread_name} /periodic-threads-health /backends /bypass/list /cache/lookup /freeze/status
+        GET /version /lmc_version /commit_id /meta /metrics /conf /conf/definitions /loglevel /loglevel?logger_name=x
+        GET /periodic-threads /periodic-threads/{thread_name} /periodic-threads-health /backends /bypass/list /cache/lookup /freeze/status
         GET /chunk_statistics/status /hot_cache/status /inference_info /inference_version /cache/kvcache/info
         GET /cache/kvcache/check /lookup/info /controller/key-stats /controller/workers
         POST /cache/lookup /lookup /health /query_instance /query_worker_info /check_finish

@@ -218,8 +218,29 @@ class LookupClient(Protocol):
     def statistics(self) -> ChunkStatistics | None: ...
 
 
+class SettingDefinition(TypedDict, total=False):
+    """What is known of a setting beside its value; what is not known is left out.
+
+    `type` is `bool`, `int`, `float`, `str`, `list` or `mapping`. `source` says where the value of now comes from:
+    `default`, `configured` (file, environment, command line) or `running` (set by `POST /conf`).
+    """
+
+    type: str
+    optional: bool
+    default: Any
+    mutable: bool
+    help: str
+    minimum: float | None
+    maximum: float | None
+    choices: Sequence[str]
+    source: str
+
+
 class Configuration(Protocol):
     """The settings that an operator may read and, as far as they are mutable, change (`/conf`)."""
+
+    def definitions(self) -> Mapping[str, SettingDefinition]:
+        """Of each setting what it takes, and whether it can be changed while the component runs."""
 
     def read(self, names: Sequence[str] | None) -> Mapping[str, Any]:
         """Those that exist of `names`, all when `None`."""

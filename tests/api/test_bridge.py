@@ -11,7 +11,7 @@ import threading
 import time
 import types
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 from prometheus_client import REGISTRY, Gauge
@@ -199,7 +199,10 @@ async def test_changes_are_made_one_at_a_time(api_server: StartApi, monkeypatch:
 class Definitions(types.ModuleType):
     """LMCache's definitions of two settings, and its way to set one."""
 
-    _CONFIG_DEFINITIONS = {"extra_config": {}, "run_script_api_enabled": {}}  # noqa: RUF012
+    _CONFIG_DEFINITIONS = {  # noqa: RUF012
+        "extra_config": {"type": Optional[dict], "default": None},  # noqa: UP045 - as LMCache writes it
+        "run_script_api_enabled": {"type": bool, "default": False, "description": "Runs code."},
+    }
 
     @staticmethod
     def validate_and_set_config_value(config: Any, name: str, value: Any) -> bool:
@@ -230,6 +233,13 @@ async def test_what_protects_the_host_is_not_undone_over_http(
             400,
             {"updated": {}, "errors": {"run_script_api_enabled": "Config is not mutable at runtime"}},
         )
+    async with server.client.get("/conf/definitions") as response:
+        assert await response.json() == {
+            "extra_config": {"type": "mapping", "optional": True, "default": None, "mutable": True},
+            "run_script_api_enabled": {
+                "type": "bool", "optional": False, "default": False, "mutable": False, "help": "Runs code.",
+            },
+        }  # fmt: skip
     async with server.client.post("/conf", json={"extra_config": {"a": "***"}}) as response:
         assert (response.status, list((await response.json())["errors"])) == (400, ["extra_config"])
 

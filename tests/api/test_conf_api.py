@@ -398,3 +398,35 @@ async def test_a_setting_of_another_role_is_refused_and_says_where_it_counts(api
         assert await ask(server, "POST", "/conf", json={name: value}) == (400, {"updated": {}, "errors": expected})
         served = await api_server(role=other)
         assert (await ask(served, "POST", "/conf", json={name: value}))[0] == 200
+
+
+# What is known of a setting beside its value
+
+
+async def definitions(server: RunningApi) -> Any:
+    status, found = await ask(server, "GET", "/conf/definitions")
+    assert status == 200
+    return found
+
+
+async def test_definitions_tell_type_default_limits_and_where_the_value_is_from(api_server: StartApi) -> None:
+    worker = await api_server(chunk_size=16)
+    found = await definitions(worker)
+    assert found.keys() == DEFINITIONS.keys()
+    assert found["chunk_size"].items() >= {
+        "type": "int", "optional": False, "default": 256, "minimum": 16, "mutable": False, "source": "configured",
+    }.items()  # fmt: skip
+    assert found["store_location"]["choices"] == [CPU, DISK]
+    assert found["store_location"]["optional"]
+    assert (found["retrieve_locations"]["type"], found["extra_config"]["type"]) == ("list", "mapping")
+    assert found["internal_api_server_socket_mode"]["default"] == "0660"
+    assert (found["min_retrieve_tokens"]["mutable"], found["min_retrieve_tokens"]["source"]) == (True, "default")
+    await change(worker, min_retrieve_tokens=32)
+    assert (await definitions(worker))["min_retrieve_tokens"]["source"] == "running"
+
+
+async def test_what_another_role_uses_cannot_be_changed_here(api_server: StartApi) -> None:
+    found = await definitions(await api_server(role="scheduler"))
+    assert not found["min_retrieve_tokens"]["mutable"]
+    assert found["lookup_timeout_ms"]["mutable"]
+    assert "chunk_size" not in await definitions(await api_server(role="controller"))

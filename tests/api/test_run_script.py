@@ -174,3 +174,29 @@ async def test_a_caller_that_leaves_ends_its_script(api_server: StartApi) -> Non
             return
         await asyncio.sleep(0.05)
     pytest.fail("the script runs on")
+
+
+async def details(server: RunningApi, script: str) -> tuple[int, dict[str, Any]]:
+    async with server.client.post("/run_script?details=true", data=form(script)) as response:
+        assert response.content_type == "application/json"
+        return response.status, await response.json()
+
+
+async def test_details_tell_what_was_printed_and_where_it_failed(server: RunningApi) -> None:
+    status, told = await details(server, "print('a', 1, sep='-', end='!')\nprint()\nresult = [1]")
+    assert (status, told["result"], told["output"], told["traceback"]) == (200, "[1]", "a-1!\n", "")
+    assert 0 <= told["seconds"] < 5
+    status, told = await details(server, "print('before')\ndef f():\n    return {}['no']\nf()")
+    assert (status, told["error"], told["output"]) == (500, "Error executing script: 'no'", "before\n")
+    lines = ['  File "<script>", line 4, in <module>', "    f()", '  File "<script>", line 3, in f']
+    assert told["traceback"].splitlines() == [
+        "Traceback (most recent call last):", *lines, "    return {}['no']",  "KeyError: 'no'",
+    ]  # fmt: skip
+    status, told = await details(server, "x = 1\ny = =")
+    assert (status, told["traceback"].splitlines()[1]) == (500, '  File "<script>", line 2, in <module>')
+
+
+async def test_what_a_script_prints_is_bounded(server: RunningApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_script_api, "MAX_PRINTED_CHARACTERS", 5)
+    status, told = await details(server, "print('abc')\nprint('defg')\nprint('h')")
+    assert (status, told["output"]) == (200, "abc\nd")

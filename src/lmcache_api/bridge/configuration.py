@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmcache_api.component import Unavailable
+from lmcache_api.component import SettingDefinition, Unavailable
+from lmcache_api.definitions import of_lmcache, of_ours
 from lmcache_shared.settings import DEFINITIONS, EXTRA, Settings
 
 CLOSED = frozenset(
@@ -29,6 +30,14 @@ class HostConfiguration:
 
     def __init__(self, config: Any) -> None:
         self._config = config
+
+    def definitions(self) -> Mapping[str, SettingDefinition]:
+        rows = self._definitions()
+        return {
+            name: of_lmcache(row, mutable=name not in CLOSED and bool(row.get("mutable", True)))
+            for name, row in rows.items()
+            if not name.startswith("_")
+        }
 
     def read(self, names: Sequence[str] | None) -> Mapping[str, Any]:
         wanted = self._definitions() if names is None else names
@@ -80,6 +89,15 @@ class ControllerConfiguration:
         theirs = getattr(module, "_CONTROLLER_CONFIG_DEFINITIONS", {})
         ours = {name: getattr(settings, name) for name in DEFINITIONS if name.startswith("controller_")}
         self._values = {**ours, **{name: getattr(config, name) for name in theirs if hasattr(config, name)}}
+        self._told: dict[str, SettingDefinition] = {
+            name: {**of_ours(DEFINITIONS[name]), "mutable": False} for name in ours
+        }
+        self._told.update(
+            {name: of_lmcache(row, mutable=False) for name, row in theirs.items() if name in self._values}
+        )
+
+    def definitions(self) -> Mapping[str, SettingDefinition]:
+        return self._told
 
     def read(self, names: Sequence[str] | None) -> Mapping[str, Any]:
         return {name: value for name, value in self._values.items() if names is None or name in names}

@@ -42,6 +42,13 @@ async def read(request: web.Request) -> web.Response:
     return text_response(json.dumps(told, indent=2))
 
 
+@router.get("/conf/definitions")
+async def definitions(request: web.Request) -> web.Response:
+    """Of each setting its type, its default, what it is for and whether it can be changed while the component runs."""
+    configuration = request.app[COMPONENT].configuration
+    return json_response(await attempt(request, lambda: plain(configuration.definitions()), "read them", pool=POOL))
+
+
 @router.post("/conf")
 async def update(request: web.Request) -> web.Response:
     """Set the settings of a JSON object; what cannot be set is told under `errors`, and the others are set."""

@@ -10,8 +10,10 @@ import ctypes
 import importlib
 import logging
 import threading
+import time
 import traceback
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from email.errors import MessageError
 from email.parser import BytesParser
 from email.policy import HTTP
@@ -22,7 +24,8 @@ from aiohttp import web
 
 from lmcache_api.app import COMPONENT, call
 from lmcache_shared.access.roles import Role, needs
-from lmcache_shared.responses import text_response
+from lmcache_shared.responses import json_response, text_response
+from lmcache_shared.schema import parse_query
 
 logger = logging.getLogger(__name__)
 router = web.RouteTableDef()
@@ -48,6 +51,12 @@ READ_SECONDS = 30.0
 MAX_RESULT_CHARACTERS = 8 << 20
 """Longest result that is answered."""
 
+MAX_PRINTED_CHARACTERS = 1 << 20
+"""What a script prints past this is left out."""
+
+MAX_FRAMES = 20
+"""Of the script's own, the innermost ones, in the traceback that is answered."""
+
 STOP_SECONDS = 0.5
 """How long a script that is past its deadline has to end when it is told to."""
 
@@ -68,6 +77,24 @@ class _Deadline(BaseException):
         return "it ran too long"
 
 
+class Printed:
+    """Takes what a script prints, in the place of the process's standard output."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._room = MAX_PRINTED_CHARACTERS
+
+    def print(self, *values: object, sep: str | None = " ", end: str | None = "\n", **_: object) -> None:
+        """As the builtin, without its file."""
+        text = (" " if sep is None else sep).join(str(value) for value in values) + ("\n" if end is None else end)
+        self._pieces.append(text[: self._room])
+        self._room -= len(self._pieces[-1])
+
+    @property
+    def text(self) -> str:
+        return "".join(list(self._pieces))
+
+
 class ScriptRunner:
     """Runs one script at a time, each in a thread of its own: one can be told to stop, and holds no other call up."""
 
@@ -80,15 +107,17 @@ class ScriptRunner:
         """Whether a script runs, be it one that was told to stop and goes on."""
         return self._outcome is not None and not self._outcome.done() and self._thread is not None
 
-    async def run(self, source: bytes, app: object, allowed: Sequence[str], seconds: float) -> str:
-        """What the script answers.
+    async def run(
+        self, source: bytes, app: object, allowed: Sequence[str], seconds: float, printed: "Printed | None" = None
+    ) -> str:
+        """What the script answers; what it prints goes to `printed` where one is given.
 
         Raises:
             TimeoutError: it ran longer than `seconds`; the text says whether it has stopped since.
             ScriptFailed: it raised.
         """
         self._outcome = concurrent.futures.Future()
-        work = (self._outcome, source, app, allowed)
+        work = (self._outcome, source, app, allowed, printed)
         self._thread = threading.Thread(target=_work, args=work, name="run-script", daemon=True)
         self._thread.start()
         waiting = asyncio.wrap_future(self._outcome)
@@ -117,7 +146,16 @@ class ScriptRunner:
 
 
 class ScriptFailed(Exception):
-    """A script raised; the text is its error's."""
+    """A script raised; the text is its error's, and `where` the script's own lines that led there."""
+
+    def __init__(self, text: str, where: str = "") -> None:
+        super().__init__(text)
+        self.where = where
+
+
+@dataclass(frozen=True)
+class ScriptQuery:
+    details: bool = False
 
 
 RUNNER: web.AppKey[ScriptRunner] = web.AppKey("script runner", ScriptRunner)
@@ -135,11 +173,15 @@ def setup(app: web.Application) -> None:
 @router.post("/run_script")
 @needs(Role.ADMIN)
 async def run_script(request: web.Request) -> web.Response:
-    """Run the file `script` of a multipart form with `app` in reach; answer `str(result)`."""
+    """Run the file `script` of a multipart form with `app` in reach; answer `str(result)`.
+
+    With `details` what it printed, where it failed and how long it took are answered too, in JSON.
+    """
     component = request.app[COMPONENT]
     settings = component.settings
     if not settings.run_script_api_enabled:
         return text_response(DISABLED, status=404)
+    details = parse_query(request, ScriptQuery).details
     try:
         source = await _read_script(request, settings.run_script_max_bytes)
     except _BadForm as error:
@@ -150,13 +192,19 @@ async def run_script(request: web.Request) -> web.Response:
     logger.warning("running a script of %d bytes from %s", len(source), request.remote or "a Unix socket")
     app = SimpleNamespace(state=SimpleNamespace(lmcache_adapter=component.script_adapter))
     seconds = settings.run_script_seconds
+    printed = Printed() if details else None
+    answer, where, status, began = "", "", 200, time.monotonic()
     try:
-        return text_response(await runner.run(source, app, settings.script_allowed_imports or (), seconds))
+        answer = await runner.run(source, app, settings.script_allowed_imports or (), seconds, printed)
     except ScriptFailed as error:
-        return text_response(f"Error executing script: {error}", status=500)
+        answer, where, status = f"Error executing script: {error}", error.where, 500
     except TimeoutError as error:
-        message = f"Error executing script: not done within {seconds:g} seconds (run_script_seconds); {error}"
-        return text_response(message, status=504)
+        answer = f"Error executing script: not done within {seconds:g} seconds (run_script_seconds); {error}"
+        status = 504
+    if printed is None:
+        return text_response(answer, status=status)
+    told = {"output": printed.text, "traceback": where, "seconds": time.monotonic() - began}
+    return json_response({"result" if status == 200 else "error": answer, **told}, status=status)
 
 
 class _BadForm(Exception):
@@ -228,22 +276,29 @@ def _script_of(content_type: str, body: bytes) -> bytes | None:
     return payload if isinstance(payload, bytes) else None
 
 
-def _work(outcome: "concurrent.futures.Future[str]", source: bytes, app: object, allowed: Sequence[str]) -> None:
-    failure = "it ended without an answer"
+def _work(
+    outcome: "concurrent.futures.Future[str]",
+    source: bytes,
+    app: object,
+    allowed: Sequence[str],
+    printed: Printed | None,
+) -> None:
+    failure, where = "it ended without an answer", ""
     try:
         try:
-            answer = _execute(source, app, allowed)
+            answer = _execute(source, app, allowed, printed)
         except BaseException as error:
             failure = type(error).__name__  # its text is the script's own code, which may fail too
             logger.info("a script of /run_script failed%s", _line(error))
-            failure = str.__str__(str(error)) or failure
+            failure, kind = str.__str__(str(error)) or failure, failure
+            where = _where(source, error, kind, failure) if printed is not None else ""
         else:
             outcome.set_result(answer)
     except BaseException:
         logger.info("a script's error has no text: %s", failure)
     finally:
         if not outcome.done():
-            outcome.set_exception(ScriptFailed(failure))
+            outcome.set_exception(ScriptFailed(failure, where))
 
 
 def _line(error: BaseException) -> str:
@@ -252,7 +307,22 @@ def _line(error: BaseException) -> str:
     return f" in line {lines[-1]}" if lines else ""
 
 
-def _execute(source: bytes, app: object, allowed: Sequence[str]) -> str:
+def _where(source: bytes, error: BaseException, kind: str, said: str) -> str:
+    """The script's own frames and the error, as Python writes them."""
+    lines = source.decode("utf-8", "replace").splitlines()
+    text = ["Traceback (most recent call last):"]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == NAME]
+    found = [(frame.lineno or 0, frame.name) for frame in own[-MAX_FRAMES:]]
+    if isinstance(error, SyntaxError) and not found:
+        found = [(error.lineno or 0, "<module>")]
+    for number, name in found:
+        text.append(f'  File "{NAME}", line {number}, in {name}')
+        if 0 < number <= len(lines):
+            text.append(f"    {lines[number - 1].strip()}")
+    return "\n".join([*text, kind if said == kind else f"{kind}: {said}"])
+
+
+def _execute(source: bytes, app: object, allowed: Sequence[str], printed: Printed | None) -> str:
     modules = _import_allowed(allowed)
 
     def allowed_import(name: str, *_: object, **__: object) -> ModuleType:
@@ -261,7 +331,8 @@ def _execute(source: bytes, app: object, allowed: Sequence[str]) -> str:
             raise ImportError(f"Import of '{name}' is not allowed (script_allowed_imports: {listed})")
         return modules[name]
 
-    scope: dict[str, Any] = {"__builtins__": {**BUILTINS, "__import__": allowed_import}, "app": app}
+    builtins = {**BUILTINS, "__import__": allowed_import, **({} if printed is None else {"print": printed.print})}
+    scope: dict[str, Any] = {"__builtins__": builtins, "app": app}
     exec(compile(source, NAME, "exec"), scope)  # noqa: S102 - it is what the endpoint is for
     answer = str.__str__(str(scope.get("result", "Script executed successfully")))  # a plain one, no subclass of theirs
     if len(answer) > MAX_RESULT_CHARACTERS:

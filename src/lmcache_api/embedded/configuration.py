@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lmcache_api.component import SettingDefinition
+from lmcache_api.definitions import of_ours
 from lmcache_shared.config import convert
 from lmcache_shared.errors import ConfigError
 from lmcache_shared.placement import Role
@@ -19,11 +21,25 @@ class EmbeddedConfiguration:
     def __init__(self, settings: Settings, role: Role = "worker") -> None:
         self._settings = settings
         self._role = role
+        self._changed: frozenset[str] = frozenset()
         self._lock = threading.Lock()
 
     @property
     def settings(self) -> Settings:
         return self._settings
+
+    def definitions(self) -> Mapping[str, SettingDefinition]:
+        settings, changed = self._settings, self._changed
+        found: dict[str, SettingDefinition] = {}
+        for name, row in DEFINITIONS.items():
+            if row.engine and self._role == "controller":
+                continue
+            value = getattr(settings, name)
+            is_given = name in settings.given or value != row.default
+            source = "running" if name in changed else "configured" if is_given else "default"
+            mutable = row.mutable and row.only in (None, self._role)
+            found[name] = {**of_ours(row), "default": _told(row.default, name), "mutable": mutable, "source": source}
+        return found
 
     def read(self, names: Sequence[str] | None) -> Mapping[str, Any]:
         settings = self._settings
@@ -60,6 +76,7 @@ class EmbeddedConfiguration:
                     errors[name] = f"Config is not used by a {self._role}; set it on the {row.only}"
         with self._lock:
             self._settings = replace(self._settings, **changes)
+            self._changed |= changes.keys()
         return changes, errors
 
 

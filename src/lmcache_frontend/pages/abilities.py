@@ -57,7 +57,11 @@ class Abilities:
                     self._known.popitem(last=False)
         if known is None:
             return [tab for tab in all_tabs if not (tab.serves or tab.answers)]
-        return [tab for tab in all_tabs if not known.lacks.intersection((*tab.serves, f"GET {tab.answers}"))]
+        return [
+            tab
+            for tab in all_tabs
+            if not known.lacks.intersection((*tab.serves, f"GET {tab.answers}", f"setting {tab.setting}"))
+        ]
 
     async def _probe(self, view: View, tabs: list[Tab]) -> frozenset[str] | None:
         """What it lacks; None when it does not answer."""
@@ -74,7 +78,10 @@ class Abilities:
         statuses = await asyncio.gather(*(ask(*probe) for probe in probes))
         if 0 in statuses:
             return None
-        lacks = set()
+        settings = sorted({tab.setting for tab in tabs if tab.setting})
+        told = await view.ask(Question("GET", f"/conf?names={','.join(settings)}", seconds=PROBE_SECONDS))
+        off = {f"setting {name}" for name, value in told.object().items() if told.ok and value is False}
+        lacks = off
         for (method, path), status in zip(probes, statuses, strict=True):
             if method == "OPTIONS" and status == 404:
                 lacks.add(path)

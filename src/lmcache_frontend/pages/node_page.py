@@ -13,6 +13,7 @@ from aiohttp import web
 from lmcache_frontend.app import HEALTH, REGISTRY
 from lmcache_frontend.pages import rendering, tabs
 from lmcache_frontend.pages.abilities import ABILITIES, Abilities
+from lmcache_frontend.pages.changed_levels import CHANGED_LEVELS, ChangedLevels
 from lmcache_frontend.pages.confirming import plan_page, read_form, result_page
 from lmcache_frontend.pages.paths import name_of
 from lmcache_frontend.pages.tabs import Tab, View
@@ -28,6 +29,7 @@ def setup(app: web.Application) -> None:
     rendering.setup(app)
     app[TABS] = tabs.found()
     app[ABILITIES] = Abilities()
+    app[CHANGED_LEVELS] = ChangedLevels()
 
 
 @router.get("/nodes/{proxy}/{name}")

@@ -42,6 +42,7 @@ BY_METHOD: frozenset[tuple[str, str]] = frozenset(
     for method, paths in {
         "GET": """
             /periodic-threads /periodic-threads/{} /periodic-threads-health /version /lmc_version /commit_id /meta
+            /conf/definitions
             /metrics /controller/key-stats /controller/workers /hot_cache/status /bypass/list /chunk_statistics/status
             /cache/kvcache/info /cache/kvcache/check /freeze/status /inference_info /inference_version /lookup/info
             /backends /cache/lookup

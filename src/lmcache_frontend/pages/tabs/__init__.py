@@ -18,6 +18,9 @@ from lmcache_frontend.pages.asking import Outcome, Question, ask
 from lmcache_frontend.pages.confirming import Form, Plan, Result
 from lmcache_frontend.pages.paths import node_path
 from lmcache_frontend.telemetry.health.states import NodeHealth
+from lmcache_shared.access.gate import caller_of
+from lmcache_shared.access.roles import Role
+from lmcache_shared.access.table import of_proxied
 from lmcache_shared.errors import RouteError
 
 MIN_DETAIL = 20
@@ -60,6 +63,11 @@ class View:
         """Ask the node in the name of who looks."""
         return await ask(self.request, self.proxy, self.node, question)
 
+    def lacks(self, method: str, path: str) -> Role | None:
+        """The role that the caller would need to ask this and has not; a page says so before a form is sent."""
+        role = max(of_proxied(method, path).role, Role.VIEWER)
+        return role if caller_of(self.request).role < role else None
+
     async def get(self, path: str) -> Outcome:
         return await self.ask(Question("GET", path))
 
@@ -88,6 +96,7 @@ class Tab:
         show: what the template gets, beside `view` and `tab`.
         serves: paths that a node must know, all of them; asked with OPTIONS, which changes nothing.
         answers: a GET that must not say 404, 501 or 503: an engine that is there, and not the route alone.
+        setting: one that must not be off for the tab to be shown (`/conf`).
         refresh: its part is asked for again after so many seconds while somebody looks; 0 for never.
         topics: of `/api/stream`, those after which it is asked for; without any it is asked for again and again.
         actions: what its forms do.
@@ -99,6 +108,7 @@ class Tab:
     show: Callable[[View], Awaitable[Mapping[str, object]]]
     serves: tuple[str, ...] = ()
     answers: str = ""
+    setting: str = ""
     refresh: int = 0
     topics: str = ""
     actions: Mapping[str, Action] = field(default_factory=dict)
