@@ -160,19 +160,28 @@ async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
             await log.add(_line(request, node, status, time.monotonic() - began))
 
 
-async def note_change(request: web.Request, node: str, method: str, target: str, status: int, seconds: float) -> None:
-    """Have a line written for what a page has asked a node in the name of its caller; `target` is path and query."""
+def line_of(request: web.Request, node: str, method: str, target: str) -> dict[str, object]:
+    """The line of what a page asks a node in the name of its caller, who may have left when it is asked.
+
+    Args:
+        target: path and query.
+    """
     path, _, query = target.partition("?")
     asked = dict(parse_qsl(query, keep_blank_values=True)) if len(query) <= MAX_TEXT else {}
-    line = {"node": node, "method": method, "path": path[:MAX_TEXT], "query": secrets.masked(asked)}
-    await request.app[AUDIT].add({**_line(request, node, status, seconds), **line})
+    line = {"method": method, "path": path[:MAX_TEXT], "query": secrets.masked(asked)}
+    return {**_line(request, node, 0, 0.0), **line}
+
+
+async def note_change(app: web.Application, line: dict[str, object], status: int, seconds: float) -> None:
+    """Have a line of `line_of` written, now that the node has been asked."""
+    await app[AUDIT].add({**line, "time": _now(), "status": status, "ms": round(seconds * 1000, 3)})
 
 
 def _line(request: web.Request, node: str, status: int, seconds: float) -> dict[str, object]:
     caller = caller_of(request)
     query = secrets.masked(dict(request.query)) if len(request.query_string) <= MAX_TEXT else {"...": "too long"}
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "time": _now(),
         "who": caller.name,
         "role": caller.role.title,
         "from": seen_address(request),
@@ -183,3 +192,7 @@ def _line(request: web.Request, node: str, status: int, seconds: float) -> dict[
         "status": status,
         "ms": round(seconds * 1000, 3),
     }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
