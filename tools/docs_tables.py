@@ -1,4 +1,4 @@
-"""Writes the tables of settings and options into `docs/`, from their one definition (`make docs`)."""
+"""Writes the tables of settings, options and series into `docs/`, from their one definition (`make docs`)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lmcache_frontend import options
+from lmcache_frontend.telemetry.history.series import SERIES, Series
 from lmcache_frontend.telemetry.metrics import own
 from lmcache_shared import settings
 from lmcache_shared.settings import Definition
@@ -48,10 +49,21 @@ def own_metrics_table() -> list[str]:
     ]
 
 
+def series_table() -> list[str]:
+    return [_row(f"`{row.key}`", row.title, row.unit, row.kind, _families(row)) for row in SERIES.values()]
+
+
+def _families(row: Series) -> str:
+    if row.of is not None:
+        return " / ".join(f"`{key}`" for key in row.of)
+    return ", ".join(f"`{family}`" for family in row.families) or "the cluster alone"
+
+
 TABLES = {
     "configuration.md": ("settings", settings_table),
     "engine.md": ("engine", engine_table),
     "frontend.md": ("options", options_table),
+    "history.md": ("series", series_table),
     "metrics.md": ("own", own_metrics_table),
 }
 

@@ -18,6 +18,8 @@ from lmcache_frontend.pages.refusing import shown_to_browsers
 from lmcache_frontend.proxy.policy import Policy
 from lmcache_frontend.proxy.transport import Targets
 from lmcache_frontend.telemetry.health.board import HealthBoard
+from lmcache_frontend.telemetry.history.history import History
+from lmcache_frontend.telemetry.history.timeline import TIMELINE
 from lmcache_frontend.telemetry.metrics.own import OWN_METRICS, OwnMetrics
 from lmcache_shared import routes
 from lmcache_shared.access.browser import own_site_only
@@ -34,6 +36,7 @@ DISCOVERY: web.AppKey[DiscoveryService] = web.AppKey("discovery", DiscoveryServi
 POLICY: web.AppKey[Policy] = web.AppKey("policy", Policy)
 TARGETS: web.AppKey[Targets] = web.AppKey("targets", Targets)
 HEALTH: web.AppKey[HealthBoard] = web.AppKey("health", HealthBoard)
+HISTORY: web.AppKey[History] = web.AppKey("history", History)
 
 READY: web.AppKey[Callable[[], str | None]] = web.AppKey("ready")
 """Why the frontend is not ready to be asked, or `None`. Who knows a reason replaces it."""
@@ -59,6 +62,8 @@ def create_app(options: Options, cluster: Cluster) -> web.Application:
     app[DISCOVERY] = cluster.discovery
     app[POLICY] = Policy(cluster.registry, options.socket_prefix)
     app[HEALTH] = cluster.health
+    app[HISTORY] = cluster.history
+    app[TIMELINE] = cluster.timeline
     app[READY] = cluster.not_ready
     app[OWN_METRICS] = OwnMetrics(cluster.registry, cluster.health)
     app.cleanup_ctx.append(_targets)

@@ -1,8 +1,9 @@
-"""`--audit-log`: a line in JSON for every change that passes: who, what, where, and how it ended.
+"""Every change that passes is told: an event of the timeline, and with `--audit-log` a line in JSON in a file.
 
-A change is what needs an operator or an admin. Lines are written by a thread, some at a time; a request whose line
-finds no room waits for it, so that no change goes by unwritten while the disk is slow. The file is kept to a size, and
-a few former ones beside it (`FILE.1` is the newest).
+A change is what needs an operator or an admin. The timeline has those that succeed, the file all of them: who, what,
+where, and how it ended. Lines are written by a thread, some at a time; a request whose line finds no room waits for it,
+so that no change goes by unwritten while the disk is slow. The file is kept to a size, and a few former ones beside it
+(`FILE.1` is the newest).
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ import logging
 import os
 import time
 from datetime import datetime, timezone
-from typing import Any
-from urllib.parse import parse_qsl
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, unquote
 
 from aiohttp import web
 
+from lmcache_frontend.nodes.node import Node
+from lmcache_frontend.telemetry.history.timeline import TIMELINE, Event, Kind
+from lmcache_frontend.telemetry.metrics.own import OWN_METRICS, TargetLabels
 from lmcache_shared import secrets
 from lmcache_shared.access.caller import seen_address
 from lmcache_shared.access.gate import caller_of
-from lmcache_shared.access.roles import Role, needed
+from lmcache_shared.access.roles import SAFE_METHODS, Role, needed
+from lmcache_shared.address import Address
 from lmcache_shared.errors import ConfigError, Handler, Refusal
 from lmcache_shared.responses import json_text
 
@@ -39,8 +44,24 @@ MAX_TEXT = 1000
 
 MODE = 0o600
 
-CHANGE: Any = web.RequestKey("change", tuple) if hasattr(web, "RequestKey") else "lmcache_change"
-"""Of a proxied request its target and the role that it needs; aiohttp before 3.14 knows texts alone."""
+FAILED = 400
+"""A status from which on nothing was changed, as far as is known."""
+
+SETTINGS = ("/conf", "/loglevel")
+"""What changes settings; every other change is an operation."""
+
+
+class Change(NamedTuple):
+    """A proxied request: what it asks for and where, the length of the way there in that path, the role it needs."""
+
+    address: Address
+    path: str
+    skipped: int
+    role: Role
+
+
+CHANGE: Any = web.RequestKey("change", Change) if hasattr(web, "RequestKey") else "lmcache_change"
+"""Set of a proxied request; aiohttp before 3.14 knows texts alone."""
 
 
 class AuditLog:
@@ -136,10 +157,7 @@ AUDIT: web.AppKey[AuditLog] = web.AppKey("audit log", AuditLog)
 
 @web.middleware
 async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Have a line written for each change, when its answer has gone or is about to; behind `admitted`."""
-    log = request.app.get(AUDIT)
-    if log is None:
-        return await handler(request)
+    """Have each change told, when its answer has gone or is about to; behind `admitted`."""
     began, status = time.monotonic(), 500
     try:
         response = await handler(request)
@@ -155,26 +173,51 @@ async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
         status = 499  # the caller has left, as nginx writes it
         raise
     finally:
-        node, role = request.get(CHANGE) or ("", needed(request))
-        if role >= Role.OPERATOR:
-            await log.add(_line(request, node, status, time.monotonic() - began))
+        change: Change | None = request.get(CHANGE)
+        if (change.role if change is not None else needed(request)) >= Role.OPERATOR:
+            if status < FAILED:
+                request.app[TIMELINE].record(_event(request, change))
+            log = request.app.get(AUDIT)
+            if log is not None:
+                node = "" if change is None else str(change.address)
+                await log.add(_line(request, node, status, time.monotonic() - began))
 
 
-def line_of(request: web.Request, node: str, method: str, target: str) -> dict[str, object]:
-    """The line of what a page asks a node in the name of its caller, who may have left when it is asked.
+<<<<<<< HEAD
+class Note:
+    """Tells of what a page asks a proxy's node and needs an operator or an admin; its caller may have left by then.
 
     Args:
-        target: path and query.
+        request: the caller's.
+        known: the proxy's name, and the node.
+        target: path and query, as the node gets them.
+        is_event: whether it is an event of its own, and not one of many that have one together.
     """
-    path, _, query = target.partition("?")
-    asked = dict(parse_qsl(query, keep_blank_values=True)) if len(query) <= MAX_TEXT else {}
-    line = {"method": method, "path": path[:MAX_TEXT], "query": secrets.masked(asked)}
-    return {**_line(request, node, 0, 0.0), **line}
 
+    def __init__(
+        self, request: web.Request, known: tuple[str, Node], method: str, target: str, *, is_event: bool = True
+    ) -> None:
+        self._app = request.app
+        (proxy, node), (path, _, query) = known, target.partition("?")
+        asked = dict(parse_qsl(query, keep_blank_values=True)) if len(query) <= MAX_TEXT else {}
+        self._event: Event | None = None
+        if is_event and method not in SAFE_METHODS:
+            names = f"parameters: {', '.join(asked)}" if asked else ""
+            kind: Kind = "setting" if path.startswith(SETTINGS) else "operation"
+            text = f"{method} {unquote(path)} at {node.name}"
+            self._event = Event(kind, text, proxy, node.name, who=caller_of(request).name, detail=names)
+        self._line: dict[str, object] | None = None
+        if AUDIT in request.app:
+            line = {"method": method, "path": path[:MAX_TEXT], "query": secrets.masked(asked)}
+            self._line = {**_line(request, str(node.reach.address), 0, 0.0), **line}
 
-async def note_change(app: web.Application, line: dict[str, object], status: int, seconds: float) -> None:
-    """Have a line of `line_of` written, now that the node has been asked."""
-    await app[AUDIT].add({**line, "time": _now(), "status": status, "ms": round(seconds * 1000, 3)})
+    async def tell(self, status: int, seconds: float) -> None:
+        """It has been asked, and this came of it."""
+        if self._event is not None and status < FAILED:
+            self._app[TIMELINE].record(self._event)
+        if self._line is not None:
+            line = {**self._line, "time": _now(), "status": status, "ms": round(seconds * 1000, 3)}
+            await self._app[AUDIT].add(line)
 
 
 def _line(request: web.Request, node: str, status: int, seconds: float) -> dict[str, object]:

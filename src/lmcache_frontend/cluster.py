@@ -1,4 +1,4 @@
-"""What the frontend knows of the cluster, and what keeps it known: the sources, the store, neighbours, checks."""
+"""What the frontend knows of the cluster, and what keeps it known: sources, store, neighbours, checks, the history."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from lmcache_frontend.nodes.sources.supplier import SupplierSource
 from lmcache_frontend.nodes.stores import StoreAway, open_store
 from lmcache_frontend.options import Options
 from lmcache_frontend.telemetry.health.board import HealthBoard
+from lmcache_frontend.telemetry.history.history import History
+from lmcache_frontend.telemetry.history.recorder import Recorder
+from lmcache_frontend.telemetry.history.timeline import Timeline
+from lmcache_frontend.telemetry.history.watching import Watch
 
 TICK_SECONDS = 1.0
 
@@ -37,6 +41,8 @@ class Cluster:
         if options.nodes is not None:
             self.registry.publish("nodes", read_list(_bytes(options.nodes), options.place_of("nodes")))
         self.health = HealthBoard(self.registry, interval=options.health_interval)
+        self.history = History(recording=not (options.no_history or options.no_http))
+        self.timeline = Timeline()
         self.store = open_store(options.registry, options.port)
         self.by_hand = ByHand(self.registry, self.store)
         self.neighbours = Neighbours(self.registry, options.refresh_interval)
@@ -53,14 +59,18 @@ class Cluster:
             self.by_hand.note(away)
 
     def start(self) -> None:
-        """Follow every source, and check the nodes."""
+        """Follow every source, check the nodes, and record what they say."""
         self.sources.start()
         self.health.start()
         self._tasks = [
             asyncio.create_task(self.by_hand.run(), name="store"),
             asyncio.create_task(self.neighbours.run(), name="neighbours"),
             asyncio.create_task(self._tick(), name="registry"),
+            asyncio.create_task(Watch(self.health, self.timeline).run(), name="timeline"),
         ]
+        if self.history.recording:
+            recorder = Recorder(self.health, self.history, self.timeline)
+            self._tasks.append(asyncio.create_task(recorder.run(), name="recorder"))
 
     async def stop(self) -> None:
         await self.health.close()

@@ -78,6 +78,9 @@ class Options:
     scrape_seconds: float = setting(
         8.0, "How long /metrics waits for the nodes; below Prometheus' own scrape_timeout.", minimum=0.5, maximum=300
     )
+    no_history: bool = setting(
+        False, "Keep no history: nodes are not asked for their metrics every five seconds, and charts stay empty."
+    )
     socket_prefix: str | None = setting(
         "/tmp/lmcache_internal_api_server/",  # noqa: S108 - where LMCache's documents put them
         "The proxy also reaches Unix sockets whose path begins like this; empty: registered nodes alone.",

@@ -6,7 +6,7 @@ What a caller needs is told by what it asks the target for (`proxy/vouching.py`)
 from aiohttp import web
 
 from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
-from lmcache_frontend.audit import CHANGE
+from lmcache_frontend.audit import CHANGE, Change
 from lmcache_frontend.proxy import target
 from lmcache_frontend.proxy.headers import refuse_loops
 from lmcache_frontend.proxy.transport import forward
@@ -34,7 +34,7 @@ async def by_name(request: web.Request) -> web.StreamResponse:
 async def _proxied(request: web.Request, wanted: target.ProxiedPath) -> web.StreamResponse:
     refuse_loops(request)
     asked = admitted(request, wanted.path)
-    request[CHANGE] = (str(wanted.address), asked.role)
+    request[CHANGE] = Change(wanted.address, wanted.path, len(wanted.skipped), asked.role)
     caller = introduction(request, asked, request.app[REGISTRY].token_of(wanted.address))
     with request.app[OWN_METRICS].watching(wanted.address, wanted.path) as watched:
         allowed = request.app[POLICY].allowed(request, wanted.address)

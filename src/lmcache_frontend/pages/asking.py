@@ -16,7 +16,7 @@ from typing import Literal
 from aiohttp import web
 
 from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
-from lmcache_frontend.audit import AUDIT, line_of, note_change
+from lmcache_frontend.audit import Note
 from lmcache_frontend.nodes.node import Node
 from lmcache_frontend.pages.wording import size
 from lmcache_frontend.proxy.exchange import Answer, Outgoing
@@ -144,11 +144,16 @@ class Asked:
 
     Whether the caller may ask is found out at once, and so is what the node is told of the caller.
 
+    Args:
+        is_event: a change by it is an event of the timeline, and not one of many that have one together.
+
     Raises:
         Refusal: 508, the request goes in a circle.
     """
 
-    def __init__(self, request: web.Request, proxy: str, node: Node, question: Question) -> None:
+    def __init__(
+        self, request: web.Request, proxy: str, node: Node, question: Question, *, is_event: bool = True
+    ) -> None:
         refuse_loops(request)
         self._app = request.app
         self._proxy, self._node, self._question = proxy, node, question
@@ -169,16 +174,16 @@ class Asked:
             self._address = request.app[POLICY].allowed(request, node.reach.address)
         except Refusal as refusal:
             self._refused = self._refused or Outcome("failed", refusal.status, problem=str(refusal.detail))
-        self._line = None
-        if role >= Role.OPERATOR and AUDIT in request.app:
-            self._line = line_of(request, str(node.reach.address), question.method, question.path)
+        known = (proxy, node)
+        is_change = role >= Role.OPERATOR
+        self._note = Note(request, known, question.method, question.path, is_event=is_event) if is_change else None
 
     async def outcome(self) -> Outcome:
         """Send it. Nothing is raised for what a node does; a lost answer is an outcome as well."""
         began = time.monotonic()
         outcome = self._refused or await self._send()
-        if self._line is not None:
-            await note_change(self._app, self._line, outcome.status, time.monotonic() - began)
+        if self._note is not None:
+            await self._note.tell(outcome.status, time.monotonic() - began)
         return outcome
 
     async def _send(self) -> Outcome:

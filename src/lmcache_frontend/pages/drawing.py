@@ -43,6 +43,30 @@ def spark(values: Sequence[float | None], label: str = "", *, low: float | None 
     return start.format("", SPARK_WIDTH, SPARK_HEIGHT, name) + drawn.format("".join(areas), "".join(lines))
 
 
+CELL_COLUMNS = 80
+
+_CELLS = {
+    "up": "m1.5 1.5h5v5h-5z",
+    "slow": "m4 0 4.5 8h-9z",
+    "down": "h8v8h-8z",
+    "unknown": "h8v8h-8zm2 2v4h4v-4z",
+}
+"""A cell's shape by state, from its upper left corner: small, a triangle, full, hollow."""
+
+
+def cells(states: Sequence[str], label: str) -> Markup:
+    """Many nodes, each a cell in the colour and the shape of its state: four paths, however many there are."""
+    paths: dict[str, list[str]] = {}
+    for i, state in enumerate(states):
+        row, column = divmod(i, CELL_COLUMNS)
+        paths.setdefault(state, []).append(f"M{column * 10 + 1} {row * 10 + 1}{_CELLS[state]}")
+    rows = -(-len(states) // CELL_COLUMNS)
+    width = CELL_COLUMNS * 10
+    start = Markup('<svg class="cells" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(width, rows * 10, label)
+    drawn = [Markup('<path class="{}" d="{}"/>').format(state, "".join(path)) for state, path in paths.items()]
+    return start + Markup("").join(drawn) + Markup("</svg>")
+
+
 def bars(parts: Sequence[tuple[str, float]], label: str) -> Markup:
     """One bar of parts, each a class and its amount, in proportion."""
     total = sum(amount for _, amount in parts) or 1.0

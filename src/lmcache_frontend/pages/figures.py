@@ -2,35 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 
 from aiohttp import web
 
+from lmcache_frontend.app import HISTORY
+from lmcache_frontend.telemetry.history.history import Frame, NodeKey, NoPast
+from lmcache_frontend.telemetry.history.ranges import RANGES
+from lmcache_frontend.telemetry.history.series import SERIES
+from lmcache_frontend.telemetry.history.timeline import TIMELINE, Event
+
 Values = Mapping[str, float | None]
+
+TREND_POINTS = 90
+"""Of a small picture: more would not be seen."""
+
+EVENTS = 50
+
+OLD_ROUNDS = 3
+"""Values that are older than so many intervals say how old they are."""
+
+DEFAULT_RANGE = "1h"
 
 
 class Figures:
     """What is known at this moment."""
 
-    def __init__(self, app: web.Application) -> None:
-        self._app = app
+    def __init__(self, app: web.Application, span: str = DEFAULT_RANGE) -> None:
+        self._history = app[HISTORY]
+        self._timeline = app[TIMELINE]
+        self._latest = self._history.latest_all()
+        self.span = span if span in RANGES else DEFAULT_RANGE
 
     @property
-    def revision(self) -> int:
-        return 0
+    def revision(self) -> object:
+        """Another one whenever there is something new."""
+        return self._history.revision, self._timeline.revision
+
+    @property
+    def recording(self) -> bool:
+        return self._history.recording
+
+    @property
+    def problem(self) -> str | None:
+        """Why values come more seldom than usual."""
+        return self._history.problem
 
     def of(self, proxy: str, node: str) -> tuple[Values, float | None]:
-        """A node's newest values by series, and how many seconds old they are."""
-        return {}, None
+        """A node's newest values by series, and how many seconds old they are where they are old."""
+        latest = self._latest.get((proxy, node))
+        if latest is None:
+            return {}, None
+        age = self._history.age(latest)
+        return latest.values, age if age is not None and age > OLD_ROUNDS * self._history.interval else None
 
     def total(self) -> Values:
         """The cluster's."""
-        return {}
+        latest = self._history.latest(None)
+        return {} if latest is None else latest.values
 
-    def sparklines(self, series: str, keys: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], list[float | None]]:
+    def sparklines(self, series: str, keys: Iterable[NodeKey]) -> Mapping[NodeKey, Sequence[float | None]]:
         """The last five minutes of a series for each of these nodes."""
-        return {key: [] for key in keys}
+        return self._history.sparklines(series, keys)
 
-    def trend(self, series: str) -> list[float | None]:
-        """The cluster's last hour."""
-        return []
+    def frame(self, series: Sequence[str], key: NodeKey | None = None, points: int = TREND_POINTS) -> Frame | None:
+        """The chosen time of a node, or of the cluster; `None` where nothing is kept of it."""
+        now = time.time()
+        try:
+            return self._history.frame(key, series, now - RANGES[self.span], now, points)
+        except NoPast:
+            return None
+
+    def trends(self) -> Mapping[str, list[float | None]]:
+        """The chosen time of the cluster's series."""
+        frame = self.frame([series for series in SERIES if not SERIES[series].is_of_cluster])
+        return {} if frame is None else frame.values
+
+    def events(self) -> list[Event]:
+        """What changed lately, the newest first."""
+        return self._timeline.newest(EVENTS)

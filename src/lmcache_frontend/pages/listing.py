@@ -13,9 +13,10 @@ from aiohttp import web
 
 from lmcache_frontend.app import HEALTH, NEIGHBOURS, REGISTRY
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Proxy
-from lmcache_frontend.pages.figures import Figures
+from lmcache_frontend.pages.figures import DEFAULT_RANGE, Figures
 from lmcache_frontend.pages.paths import node_path
 from lmcache_frontend.telemetry.health.states import STATES, NodeHealth
+from lmcache_frontend.telemetry.history.ranges import RANGES
 
 MAX_TEXT = 100
 """Characters of a search."""
@@ -123,6 +124,7 @@ class Choice:
     role: str = ""
     group: str = "frontend"
     sort: str = "state"
+    range: str = DEFAULT_RANGE
     page: int = 1
 
     @classmethod
@@ -135,6 +137,7 @@ class Choice:
             role=asked("role", "")[:MAX_TEXT],
             group=group if group in GROUPS else cls.group,
             sort=sort if sort in SORTS else cls.sort,
+            range=span if (span := asked("range", "")) in RANGES else DEFAULT_RANGE,
             page=int(page) if page.isascii() and page.isdigit() and 0 < len(page) < 6 and int(page) else 1,
         )
 
@@ -144,10 +147,10 @@ class Choice:
         default = Choice()
         asked = {
             name: getattr(other, name)
-            for name in ("q", "state", "role", "group", "sort", "page")
+            for name in ("q", "state", "role", "group", "sort", "range", "page")
             if getattr(other, name) != getattr(default, name)
         }
-        return "?" + urlencode(asked)
+        return "?" + urlencode(asked) if asked else "?"
 
     def takes(self, row: Row) -> bool:
         health = row.health
@@ -171,6 +174,7 @@ class Group:
     """Nodes that stand together; `rows` are those of this page, `counts` tell of all of them by state.
 
     Attributes:
+        states: of all of them in their order, where not all are shown.
         proxy: the frontend that they belong to, where they are grouped by that.
         problem: why that one does not tell of its nodes.
     """
@@ -178,6 +182,7 @@ class Group:
     title: str
     rows: Sequence[Row]
     counts: Mapping[str, int]
+    states: Sequence[str] = ()
     proxy: Proxy | None = None
     problem: str | None = None
 
@@ -232,7 +237,7 @@ def listing(app: web.Application, choice: Choice, figures: Figures, page_nodes: 
     for row in chosen:
         grouped.setdefault(group_of(row), []).append(row)
     proxies = {_title(proxy): proxy for proxy, _ in by_proxy} if choice.group == "frontend" else {}
-    if choice == replace(Choice(), group=choice.group, sort=choice.sort, page=choice.page):
+    if choice == replace(Choice(), group=choice.group, sort=choice.sort, range=choice.range, page=choice.page):
         for title in proxies:  # one without nodes is told of where nothing was asked for
             grouped.setdefault(title, [])
     pages = max(1, -(-len(chosen) // page_nodes))
@@ -243,11 +248,10 @@ def listing(app: web.Application, choice: Choice, figures: Figures, page_nodes: 
         begin, end = max(0, first - passed), max(0, first + page_nodes - passed)
         passed += len(members)
         shown = members[begin:end]
-        if not shown and members:
-            continue
+        states = [row.health.state for row in members] if len(shown) < len(members) else ()
         proxy = proxies.get(title)
         problem = None if proxy is None or proxy.name == LOCAL_PROXY else _problem(app, proxy)
-        groups.append(Group(title, shown, _counts(members), proxy, problem))
+        groups.append(Group(title, shown, _counts(members), states, proxy, problem))
     stale = sum(row.stale for row in rows)
     silent = sum(_problem(app, proxy) is not None for proxy, _ in by_proxy if proxy.name != LOCAL_PROXY)
     last = min(first + page_nodes, len(chosen))

@@ -18,6 +18,7 @@ from lmcache_frontend.pages.figures import Figures
 from lmcache_frontend.pages.listing import Choice, listing, revision
 from lmcache_frontend.pages.views import VIEWS, Views
 from lmcache_frontend.telemetry.health.states import STATES
+from lmcache_frontend.telemetry.history.ranges import RANGES
 
 FIRST_SECONDS = 1.0
 """A page that is opened while nodes wait for their first check waits for it so long: they are unknown else."""
@@ -55,7 +56,7 @@ async def nodes(request: web.Request) -> web.Response:
 async def _shown(request: web.Request, template: str, part_template: str) -> web.Response:
     app, choice = request.app, Choice.of(request)
     await app[HEALTH].settled(FIRST_SECONDS)
-    figures = Figures(app)
+    figures = Figures(app, choice.range)
     shows = (revision(app), figures.revision, notices(app))
     part = await app[VIEWS].get(app, part_template, choice, shows, lambda: _context(app, choice, figures))
     return await rendering.show(request, template, {"choice": choice, "counts": app[HEALTH].counts()}, part=part)
@@ -68,7 +69,10 @@ def _context(app: web.Application, choice: Choice, figures: Figures) -> Mapping[
         "choice": found.choice,
         "states": tuple(reversed(STATES)),
         "total": figures.total(),
-        "trend": figures.trend,
+        "trends": figures.trends(),
+        "events": figures.events(),
+        "figures": figures,
+        "ranges": tuple(RANGES),
         "sparks": figures.sparklines("load", [row.key for row in found.rows]),
         "notices": notices(app),
         "now": datetime.datetime.now().astimezone(),

@@ -54,7 +54,9 @@ def setup(app: web.Application) -> None:
     environment = aiohttp_jinja2.setup(
         app, loader=jinja2.FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals.update(version=VERSION, node_path=node_path, spark=drawing.spark, bars=drawing.bars)
+    environment.globals.update(
+        version=VERSION, node_path=node_path, spark=drawing.spark, bars=drawing.bars, cells=drawing.cells
+    )
     environment.filters.update(wording.FILTERS)
     app.router.add_static("/static", HERE / "static")
 

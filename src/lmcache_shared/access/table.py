@@ -46,7 +46,8 @@ BY_METHOD: frozenset[tuple[str, str]] = frozenset(
             /backends /cache/lookup
             / /nodes /favicon.ico
             /heartbeat /lmcache_heartbeat /lmcache_infos /api/nodes /api/sources /api/heartbeat/status
-            /api/proxies /api/proxies/{}/nodes /api/proxies/{}/refresh /sd/prometheus
+            /api/proxies /api/proxies/{}/nodes /api/proxies/{}/refresh /api/history /api/history/latest
+            /api/timeline /api/stream /sd/prometheus
             """,
         "POST": """
             /conf /metrics/reset /controller/workers /clear /pin /compress /decompress /move

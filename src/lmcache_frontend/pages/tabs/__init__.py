@@ -89,6 +89,7 @@ class Tab:
         serves: paths that a node must know, all of them; asked with OPTIONS, which changes nothing.
         answers: a GET that must not say 404, 501 or 503: an engine that is there, and not the route alone.
         refresh: its part is asked for again after so many seconds while somebody looks; 0 for never.
+        topics: of `/api/stream`, those after which it is asked for; without any it is asked for again and again.
         actions: what its forms do.
     """
 
@@ -99,6 +100,7 @@ class Tab:
     serves: tuple[str, ...] = ()
     answers: str = ""
     refresh: int = 0
+    topics: str = ""
     actions: Mapping[str, Action] = field(default_factory=dict)
 
 

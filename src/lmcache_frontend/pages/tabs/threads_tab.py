@@ -11,6 +11,7 @@ from lmcache_frontend.pages.tabs import Tab, View
 
 MAX_THREADS = 2000
 _HEAD = re.compile(r"^(?P<kind>Thread|Task): (?P<name>.*)$", re.MULTILINE)
+_NAMED = re.compile(r"<\w+\((?P<name>.*), (?:initial|started|stopped)[^,]*\)>")
 _FRAME = re.compile(r'  File "(?P<file>.*?)", line (?P<line>\d+), in (?P<function>.*)')
 
 
@@ -38,8 +39,14 @@ def stacks(text: str) -> list[Stack]:
     for head, following in zip(heads, [*heads[1:], None], strict=True):
         body = text[head.end() : following.start() if following else len(text)]
         stack = "\n".join(line for line in body.splitlines() if line.startswith("  "))
-        found.setdefault(stack, Stack(stack)).threads.append(head["name"])
+        found.setdefault(stack, Stack(stack)).threads.append(_name(head["name"]))
     return sorted(found.values(), key=lambda stack: -len(stack.threads))
+
+
+def _name(head: str) -> str:
+    """`worker-1` of `<Thread(worker-1, started daemon 140493918471872)>`."""
+    named = _NAMED.fullmatch(head)
+    return named["name"] if named else head
 
 
 async def show(view: View) -> Mapping[str, object]:

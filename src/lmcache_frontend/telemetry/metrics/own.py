@@ -234,6 +234,11 @@ class OwnMetrics:
         self._forget_the_gone()
         return Watched(self._ended, self._targets.labels(address, path))
 
+    def target_of(self, address: Address, path: str) -> TargetLabels:
+        """Whom a proxied request to `path` at `address` is for."""
+        self._forget_the_gone()
+        return self._targets.labels(address, path)
+
     def _ended(self, watched: Watched, error: str | None) -> None:
         target = watched.target
         self._count(self._requests, target, _CLASSES[watched.status // 100])

@@ -1,16 +1,22 @@
 // Keeps `#part` new while somebody looks, and says when what it shows is old: the frontend stopped, or the network is gone.
+//
+// One stream of events tells that something has changed; the part is asked for then, at most every `data-refresh`
+// seconds. Where there is no stream (`data-topics` is missing, too many are open) it is asked for every so often.
 const part = document.getElementById("part");
 const offline = document.getElementById("offline");
 const title = document.title;
 const opened = new Date().toLocaleTimeString();
+const pause = 1000 * Number(part?.dataset.refresh ?? 0);
+let asked = Date.now();
 let busy = false;
+let changed = false;
+let stream = null;
 
 function facts() {
   return document.getElementById("facts")?.dataset ?? {};
 }
 
 function lost() {
-  if (!part) return;
   busy = false;
   document.getElementById("since").textContent = facts().time ?? opened;
   offline.hidden = false;
@@ -26,19 +32,41 @@ function fresh() {
 // A reader who types, marks text or has a menu open is not disturbed; a tab that nobody sees asks for nothing.
 function disturbs() {
   const active = document.activeElement;
-  return document.hidden || (part.contains(active) && active.matches("input, select, textarea"));
+  const typing = part.contains(active) && active.matches("input, select, textarea");
+  return document.hidden || typing || part.contains(getSelection()?.type === "Range" ? getSelection().anchorNode : null);
 }
 
 function refresh() {
-  if (busy || disturbs()) return;
-  busy = true;
+  if (busy || disturbs() || Date.now() - asked < pause) return;
+  if (stream?.readyState === EventSource.OPEN && !changed) return;
+  [busy, changed, asked] = [true, false, Date.now()];
   part.dispatchEvent(new Event("refresh"));
 }
 
-if (part?.dataset.refresh) {
+function listen() {
+  if (document.hidden) {
+    stream?.close();
+    stream = null;
+    return;
+  }
+  if (stream || !part.dataset.topics) return;
+  stream = new EventSource(`/api/stream?topics=${part.dataset.topics}${part.dataset.stream ?? ""}`);
+  const note = () => (changed = true);
+  for (const topic of part.dataset.topics.split(",")) stream.addEventListener(topic, note);
+  stream.addEventListener("open", note);
+  stream.addEventListener("error", () => {
+    if (stream?.readyState === EventSource.CLOSED) stream = null; // refused: the clock goes on without it
+  });
+}
+
+if (pause) {
   document.addEventListener("htmx:error", lost);
   document.addEventListener("htmx:response:error", lost);
   document.addEventListener("htmx:after:swap", fresh);
-  document.addEventListener("visibilitychange", refresh);
-  setInterval(refresh, 1000 * Number(part.dataset.refresh));
+  document.addEventListener("visibilitychange", () => {
+    listen();
+    refresh();
+  });
+  listen();
+  setInterval(refresh, 250);
 }
