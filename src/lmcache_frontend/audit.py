@@ -183,7 +183,25 @@ async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
                 await log.add(_line(request, node, status, time.monotonic() - began))
 
 
-<<<<<<< HEAD
+def _event(request: web.Request, change: Change | None) -> Event:
+    """What viewers may know of a change: of its parameters the names alone."""
+    path, target = request.raw_path, TargetLabels("", "")
+    if change is not None:
+        target = request.app[OWN_METRICS].target_of(change.address, change.path)
+        path = change.path[change.skipped :]
+    path = unquote(path.partition("?")[0])
+    where = "" if change is None else f" at {target.node or target.proxy}"
+    names = ", ".join(dict.fromkeys(request.query))
+    return Event(
+        "setting" if path.startswith(SETTINGS) else "operation",
+        f"{request.method} {path}{where}",
+        target.proxy,
+        target.node,
+        who=caller_of(request).name,
+        detail=f"parameters: {names}" if names else "",
+    )
+
+
 class Note:
     """Tells of what a page asks a proxy's node and needs an operator or an admin; its caller may have left by then.
 
