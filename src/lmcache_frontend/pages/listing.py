@@ -129,7 +129,11 @@ class Choice:
 
     @classmethod
     def of(cls, request: web.Request) -> Choice:
-        asked = request.query.get
+        return cls.from_query(request.query.get)
+
+    @classmethod
+    def from_query(cls, asked: Callable[[str, str], str]) -> Choice:
+        """From anything that gives a parameter or what is told otherwise."""
         page, group, sort = asked("page", ""), asked("group", ""), asked("sort", "")
         return cls(
             q=asked("q", "").strip()[:MAX_TEXT],
