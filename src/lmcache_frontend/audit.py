@@ -202,6 +202,14 @@ def _event(request: web.Request, change: Change | None) -> Event:
     )
 
 
+async def note_own(request: web.Request, what: str, status: int) -> None:
+    """Tell of what a page has changed, or failed to, of the frontend's own: `what` in a sentence."""
+    if status < FAILED:
+        request.app[TIMELINE].record(Event("operation", what, who=caller_of(request).name))
+    if AUDIT in request.app:
+        await request.app[AUDIT].add({**_line(request, "", status, 0.0), "what": what[:MAX_TEXT]})
+
+
 class Note:
     """Tells of what a page asks a proxy's node and needs an operator or an admin; its caller may have left by then.
 
