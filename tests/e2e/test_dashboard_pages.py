@@ -20,7 +20,14 @@ STRANGE = "a/b ..?#%2F \"<&>' ü"
 """A name that would break a path or a page that was put together by hand."""
 
 NODE = "/nodes/local_proxy"
-PAGES = ("/", "/nodes", f"{NODE}/worker0", f"{NODE}/worker0/metrics", f"{NODE}/worker0/threads", f"{NODE}/gone/metrics")
+PAGES = (
+    "/",
+    "/nodes",
+    f"{NODE}/worker0",
+    f"{NODE}/worker0/metrics?q=tokens",
+    f"{NODE}/worker0/threads",
+    f"{NODE}/gone/metrics",
+)
 PAGES += ("/sign-in", "/nodes?q=nobody")
 
 
@@ -91,7 +98,7 @@ def test_a_list_is_one_address_for_each_view_and_works_without_javascript(browse
     with browser.new_context(java_script_enabled=False) as context:
         page, url = context.new_page(), f"http://127.0.0.1:{cluster.port}"
         page.goto(f"{url}/")
-        page.get_by_label("State").select_option("down")
+        page.get_by_label("State", exact=True).select_option("down")
         page.get_by_label("Search", exact=True).fill("go")
         page.get_by_role("button", name="Show").click()
         assert "state=down" in page.url

@@ -216,7 +216,7 @@ async def test_many_pages_ask_no_node(frontend_server: StartFrontend) -> None:
                     return response.status
 
             assert set(await asyncio.gather(*(load() for _ in range(20)))) == {200}
-        assert len(upstream.heads) == 2  # one /version, one /meta: the first check
+        assert len(upstream.heads) == 3  # one /version, one /meta, one /conf: the first check
 
 
 async def test_ready_is_told_apart_from_healthy(frontend_server: StartFrontend) -> None:

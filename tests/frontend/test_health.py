@@ -156,6 +156,8 @@ def test_what_is_told_of_a_node() -> None:
         "milliseconds": 2.13,
         "version": "1",
         "role": None,
+        "model": None,
+        "instance": None,
     }
     later = after(first, BAD, NOON + timedelta(seconds=9))
     assert (later.state, later.since, later.problem, later.version) == ("up", NOON, "no answer", "1")

@@ -10,12 +10,12 @@ SPARK_WIDTH, SPARK_HEIGHT = 96, 24
 """Units of the picture; the style sheet says how large it is shown."""
 
 
-def spark(values: Sequence[float | None], label: str = "", *, low: float | None = 0.0) -> Markup:
+def spark(values: Sequence[float | None], label: str = "", *, high: float = 0.0) -> Markup:
     """A line of values, oldest first; a gap is a gap, and nothing at all is a dotted line.
 
     Args:
         label: what a screen reader says of it; without one it is decoration.
-        low: where the scale begins; None for the lowest value.
+        high: where the scale ends at least: the same for all that are to be compared. It begins at 0.
     """
     known = [value for value in values if value is not None]
     name = Markup('role="img" aria-label="{}"').format(label) if label else Markup('aria-hidden="true"')
@@ -24,8 +24,8 @@ def spark(values: Sequence[float | None], label: str = "", *, low: float | None 
         middle = SPARK_HEIGHT / 2
         line = Markup('<path class="none" d="M0 {}H{}"/></svg>').format(f"{middle:g}", SPARK_WIDTH)
         return start.format(" empty", SPARK_WIDTH, SPARK_HEIGHT, name) + line
-    bottom = min(known) if low is None else min(low, *known)
-    height = (max(known) - bottom) or 1.0
+    bottom = min(0.0, *known)
+    height = (max(high, *known) - bottom) or 1.0
     step = SPARK_WIDTH / max(len(values) - 1, 1)
     lines, areas, run = [], [], list[str]()
     for i, value in enumerate([*values, None]):

@@ -5,6 +5,7 @@ What a caller needs is told by what a tab asks the node (`asking.py`), as with t
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 
 from aiohttp import web
@@ -59,18 +60,18 @@ async def act(request: web.Request) -> web.Response:
 
 async def _tab_page(request: web.Request, tab: Tab) -> web.Response:
     view = _view(request)
-    if rendering.wants_part(request):
-        part = await rendering.text_in_slices(request.app, f"tabs/{tab.name}.html", await _context(view, tab))
-        return rendering.page(part)
     known = request.app[TABS]
-    shown = await request.app[ABILITIES].tabs(view, known)
-    context = await _context(view, tab)
-    part = await rendering.text_in_slices(request.app, f"tabs/{tab.name}.html", context)
-    return await rendering.show(request, "node.html", {**context, "tabs": shown}, part=part)
-
-
-async def _context(view: View, tab: Tab) -> dict[str, object]:
-    return {"view": view, "tab": tab, "query": view.request.query, **await tab.show(view)}
+    context = {
+        "view": view,
+        "tab": tab,
+        "tabs": await request.app[ABILITIES].tabs(view, known),
+        "query": request.query,
+        "address": request.path_qs,
+        "now": datetime.datetime.now().astimezone(),
+        **await tab.show(view),
+    }
+    part = await rendering.text_in_slices(request.app, "node_part.html", context)
+    return await rendering.show(request, "node.html", context, part=part)
 
 
 def _view(request: web.Request) -> View:

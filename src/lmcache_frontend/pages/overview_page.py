@@ -64,6 +64,7 @@ async def _shown(request: web.Request, template: str, part_template: str) -> web
 
 def _context(app: web.Application, choice: Choice, figures: Figures) -> Mapping[str, object]:
     found = listing(app, choice, figures)
+    sparks = figures.sparklines("load", [row.key for row in found.rows])
     return {
         "listing": found,
         "choice": found.choice,
@@ -73,7 +74,8 @@ def _context(app: web.Application, choice: Choice, figures: Figures) -> Mapping[
         "events": figures.events(),
         "figures": figures,
         "ranges": tuple(RANGES),
-        "sparks": figures.sparklines("load", [row.key for row in found.rows]),
+        "sparks": sparks,
+        "spark_high": max((value for values in sparks.values() for value in values if value is not None), default=0.0),
         "notices": notices(app),
         "now": datetime.datetime.now().astimezone(),
     }

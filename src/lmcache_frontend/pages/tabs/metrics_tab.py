@@ -63,7 +63,7 @@ def families(text: str) -> list[Family]:
 
 
 def _shown(value: float) -> str:
-    return f"{int(value):,}" if abs(value) < 1e15 and value.is_integer() else f"{value:.6g}"
+    return f"{int(value):,}" if abs(value) < 1e15 and value == int(value) else f"{value:.6g}"
 
 
 async def show(view: View) -> Mapping[str, object]:

@@ -36,8 +36,9 @@ def stacks(text: str) -> list[Stack]:
     """The stacks of an answer of `/threads`, those of most threads first."""
     heads = list(_HEAD.finditer(text))[:MAX_THREADS]
     found: dict[str, Stack] = {}
-    for head, following in zip(heads, [*heads[1:], None], strict=True):
-        body = text[head.end() : following.start() if following else len(text)]
+    ends = [*(head.start() for head in heads[1:]), len(text)]
+    for head, end in zip(heads, ends, strict=False):  # without heads there is one end more
+        body = text[head.end() : end]
         stack = "\n".join(line for line in body.splitlines() if line.startswith("  "))
         found.setdefault(stack, Stack(stack)).threads.append(_name(head["name"]))
     return sorted(found.values(), key=lambda stack: -len(stack.threads))

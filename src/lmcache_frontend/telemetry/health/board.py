@@ -241,16 +241,20 @@ class HealthBoard:
             await self._ask_role(watched)
 
     async def _ask_role(self, watched: _Watched) -> None:
-        """Its role; a node that does not tell has none, one that fails to tell keeps the one that it had."""
+        """Its role, model and instance; one that does not tell has none, one that fails to tell keeps what it had."""
         watched.role_due = time.monotonic() + ROLE_SECONDS * random.uniform(1 - JITTER, 1)  # noqa: S311 - a spread
         try:
-            answer = await ask(watched.reach.address, watched.role_request, self._names)
+            told = await ask(watched.reach.address, watched.role_request, self._names)
+            configured = await ask(watched.reach.address, watched.instance_request, self._names)
         except (NoAnswer, NotAsked):
             return
-        if answer.status < 500:
-            metadata = _json(answer)
-            role = text_of(metadata.get("role")) if isinstance(metadata, dict) else None
-            self._publish(watched, replace(watched.health, role=role))
+        health = watched.health
+        if told.status < 500:
+            metadata = _object(told)
+            health = replace(health, role=text_of(metadata.get("role")), model=text_of(metadata.get("model_name")))
+        if configured.status < 500:
+            health = replace(health, instance=text_of(_object(configured).get("lmcache_instance_id")))
+        self._publish(watched, health)
 
     def _publish(self, watched: _Watched, health: NodeHealth) -> None:
         if watched.stopped:
@@ -280,7 +284,10 @@ class _Watched:
         self.reach = health.node.reach
         self.request = question(health.node)
         self.role_request = request_bytes(
-            self.reach.address, f"{self.reach.prefix}/meta?names=role", token=self.reach.token
+            self.reach.address, f"{self.reach.prefix}/meta?names=role,model_name", token=self.reach.token
+        )
+        self.instance_request = request_bytes(
+            self.reach.address, f"{self.reach.prefix}/conf?names=lmcache_instance_id", token=self.reach.token
         )
         self.role_due = 0.0
         self.due = 0.0
@@ -364,11 +371,12 @@ def text_of(value: object) -> str | None:
     return value
 
 
-def _json(answer: Answer) -> object:
+def _object(answer: Answer) -> dict[str, object]:
     try:
-        return json.loads(answer.body) if answer.status == 200 and answer.body is not None else None
+        found = json.loads(answer.body) if answer.status == 200 and answer.body is not None else None
     except (ValueError, RecursionError):
-        return None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _now() -> datetime:

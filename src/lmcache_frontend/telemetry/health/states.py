@@ -38,8 +38,8 @@ class NodeHealth:
     """A node's health.
 
     `since` is when its state began, `checked` when it was asked last, `successes` and `failures` count those in a row
-    until now. `problem` is why it is not up, or why the last check of a node that still counts as up failed. `version`
-    and `role` are the last known ones, also of a node that is down.
+    until now. `problem` is why it is not up, or why the last check of a node that still counts as up failed. `version`,
+    `role`, `model` and `instance` are the last known ones, also of a node that is down.
     """
 
     node: Node
@@ -53,6 +53,8 @@ class NodeHealth:
     milliseconds: float | None = None
     version: str | None = None
     role: str | None = None
+    model: str | None = None
+    instance: str | None = None
 
     @property
     def answers(self) -> bool:
@@ -73,6 +75,8 @@ class NodeHealth:
             "milliseconds": None if self.milliseconds is None else round(self.milliseconds, 2),
             "version": self.version,
             "role": self.role,
+            "model": self.model,
+            "instance": self.instance,
         }
 
 

@@ -2,6 +2,7 @@
 const places = () => document.querySelector("[data-charts]");
 const plots = new Map();
 const HEIGHT = 170;
+const NEWEST = 3;
 
 function shown(value, unit) {
   if (value == null) return "–";
@@ -25,6 +26,11 @@ function colour(element) {
 function options(section, width) {
   const unit = section.dataset.unit;
   const items = [...section.querySelectorAll("[data-series]")];
+  const alone = (plot, series) => {
+    const values = plot.data[series];
+    return values.flatMap((value, i) => (value != null && values[i - 1] == null && values[i + 1] == null ? [i] : []));
+  };
+  const powers = [...Array(50).keys()].map((power) => 2 ** power);
   const axis = {
     stroke: colour(section.querySelector(".legend")),
     font: "12px system-ui, sans-serif",
@@ -32,27 +38,31 @@ function options(section, width) {
     ticks: { show: false },
   };
   const update = (plot) => {
-    const at = plot.cursor.idx ?? plot.data[0].length - 1;
+    const at = plot.cursor.idx;
     items.forEach((item, i) => {
-      item.querySelector("strong").textContent = shown(plot.data[i + 1][at], unit);
+      const values = plot.data[i + 1];
+      // The newest step may not have its value yet; what is older than a few is no "now".
+      const value = at == null ? values.slice(-NEWEST).findLast((it) => it != null) : values[at];
+      item.querySelector("strong").textContent = shown(value, unit);
     });
   };
   return {
     width,
     height: HEIGHT,
+    padding: [10, 22, 0, 0],
     legend: { show: false },
     cursor: { sync: { key: "node" }, drag: { x: false, y: false }, points: { size: 6 } },
     scales: { y: { range: (_, low, high) => [Math.min(0, low ?? 0), unit === "share" ? 1 : (high || 1) * 1.08] } },
     axes: [
-      { ...axis, values: (_, stamps) => stamps.map((stamp) => new Date(stamp * 1000).toTimeString().slice(0, 5)), space: 70 },
-      { ...axis, values: (_, values) => values.map((value) => shown(value, unit)), size: 66 },
+      { ...axis, values: (_, stamps) => stamps.map((stamp) => new Date(stamp * 1000).toTimeString().slice(0, stamp % 60 ? 8 : 5)), space: 48, size: 28 },
+      { ...axis, values: (_, values) => values.map((value) => shown(value, unit)), size: 62, ...(unit === "bytes" && { incrs: powers }) },
     ],
     series: [
       {},
       ...items.map((item) => ({
         stroke: colour(item),
         width: 1.6,
-        points: { show: false },
+        points: { show: true, size: 4, filter: alone },
         spanGaps: false,
         ...(items.length === 1 && { fill: colour(item).replace(/rgba?\(([^)]*)\)/, (_, rgb) => `rgba(${rgb.split(",").slice(0, 3)}, .1)`) }),
       })),
