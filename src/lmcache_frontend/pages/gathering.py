@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import time
@@ -198,7 +199,12 @@ class Gatherer:
             for health in new:  # from now on nobody else asks them
                 shelf.told.pop((health.proxy, health.node.name), None)
                 shelf.pending.add((health.proxy, health.node.name))
-            task = asyncio.create_task(self._ask(request, subject, shelf, new), name=f"gather {subject.name}")
+            try:
+                asked = await _questions(request, subject, new)
+            except BaseException:
+                shelf.pending.difference_update((health.proxy, health.node.name) for health in new)
+                raise
+            task = asyncio.create_task(self._ask(subject, shelf, asked), name=f"gather {subject.name}")
             for tasks in (self._tasks, shelf.tasks):
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
@@ -225,14 +231,9 @@ class Gatherer:
             self._shelves.popitem(last=False)
         return shelf
 
-    async def _ask(self, request: web.Request, subject: Subject, shelf: _Shelf, nodes: Sequence[NodeHealth]) -> None:
-        left = {(health.proxy, health.node.name): health.node for health in nodes}
+    async def _ask(self, subject: Subject, shelf: _Shelf, asked: Sequence[tuple[NodeHealth, Sequence[Asked]]]) -> None:
+        left = {(health.proxy, health.node.name): health.node for health, _ in asked}
         try:
-            asked, turns = [], Turns()
-            for health in nodes:  # while the caller is here
-                questions = [Question("GET", path, seconds=NODE_SECONDS, most=MAX_BYTES) for path in subject.paths]
-                asked.append((health, [Asked(request, health.proxy, health.node, it) for it in questions]))
-                await turns.next()
 
             async def one(health: NodeHealth, questions: Sequence[Asked]) -> None:
                 told = await _told(subject, shelf, health, questions)
@@ -241,13 +242,26 @@ class Gatherer:
                 shelf.pending.discard(key)
                 shelf.told[key] = told
 
-            jobs = [(lambda it=it: one(*it)) for it in asked]
+            jobs = [functools.partial(one, *it) for it in asked]
             await sweep(jobs, at_once=AT_ONCE, seconds=ALL_SECONDS)
         finally:
             for key, node in left.items():
                 shelf.pending.discard(key)
                 problem = f"was not asked: the nodes before it took {ALL_SECONDS:g} seconds"
                 shelf.told[key] = Told(node, {}, "late", problem)
+
+
+async def _questions(
+    request: web.Request, subject: Subject, nodes: Sequence[NodeHealth]
+) -> list[tuple[NodeHealth, Sequence[Asked]]]:
+    """What is to be asked, made while the caller is here."""
+    questions = [Question("GET", path, seconds=NODE_SECONDS, most=MAX_BYTES) for path in subject.paths]
+    asked: list[tuple[NodeHealth, Sequence[Asked]]] = []
+    turns = Turns()
+    for health in nodes:
+        asked.append((health, [Asked(request, health.proxy, health.node, it) for it in questions]))
+        await turns.next()
+    return asked
 
 
 async def _told(subject: Subject, shelf: _Shelf, health: NodeHealth, questions: Sequence[Asked]) -> Told:
