@@ -71,6 +71,7 @@ async def test_nodes_that_do_not_answer_are_told_and_delay_nobody(
         frontend = await frontend_server(nodes=nodes)
         text = await shown(frontend, "/compare")
         assert "of 5 nodes have been asked" in text
+        assert "All alike" not in text
         for _ in range(100):
             part = await shown(frontend, "/compare", **{"HX-Request": "true"})
             if "have been asked" not in part:

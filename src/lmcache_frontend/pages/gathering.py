@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
@@ -24,6 +25,8 @@ from lmcache_frontend.pages.sweeping import Turns, sweep
 from lmcache_frontend.telemetry.health.states import NodeHealth
 from lmcache_shared.access.caller import bearer_token, is_local_caller
 from lmcache_shared.access.gate import caller_of
+
+logger = logging.getLogger(__name__)
 
 MAX_NODES = 2000
 """So many are asked for one page; the others of a choice are told."""
@@ -236,7 +239,11 @@ class Gatherer:
         try:
 
             async def one(health: NodeHealth, questions: Sequence[Asked]) -> None:
-                told = await _told(subject, shelf, health, questions)
+                try:
+                    told = await _told(subject, shelf, health, questions)
+                except Exception as error:
+                    logger.error("a node's answer could not be read", exc_info=error)
+                    told = Told(health.node, {}, "failed", f"could not be read: {type(error).__name__}")
                 key = (health.proxy, health.node.name)
                 del left[key]
                 shelf.pending.discard(key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import secrets
 import time
 from collections import Counter
@@ -28,6 +29,8 @@ from lmcache_shared.access.gate import caller_of
 from lmcache_shared.access.roles import Role
 from lmcache_shared.errors import Refusal
 from lmcache_shared.secrets import MASK
+
+logger = logging.getLogger(__name__)
 
 MAX_NODES = 5000
 """Of one operation."""
@@ -281,7 +284,10 @@ class Operations:
 
     async def _read(self, operation: Operation, asked: Sequence[tuple[Row, Asked]]) -> None:
         async def one(row: Row, question: Asked) -> None:
-            _planned(operation, row, await question.outcome())
+            try:
+                _planned(operation, row, await question.outcome())
+            except Exception as error:
+                row.status, row.text = "silent", _unforeseen(error)
 
         await sweep([functools.partial(one, *it) for it in asked], at_once=AT_ONCE, seconds=PLAN_SECONDS)
         for row in operation.rows:
@@ -291,8 +297,12 @@ class Operations:
 
     async def _carry_out(self, operation: Operation, asked: Sequence[tuple[Row, Asked | None]]) -> None:
         async def one(row: Row, question: Asked | None) -> None:
-            if row.status == "waiting":
+            if row.status != "waiting":
+                return
+            try:
                 await _done(operation, row, question)
+            except Exception as error:
+                row.status, row.text = "failed", _unforeseen(error)
 
         try:
             await sweep([functools.partial(one, *it) for it in asked], at_once=AT_ONCE, seconds=MAX_SECONDS)
@@ -356,6 +366,12 @@ async def _done(operation: Operation, row: Row, question: Asked | None) -> None:
     problem = operation.kind.problem(outcome) if outcome.ok else outcome.problem
     row.status = "failed" if problem or not outcome.ok else "ok"
     row.text = (problem or _said(outcome))[:MAX_TEXT]
+
+
+def _unforeseen(error: Exception) -> str:
+    """Of one node; the others go on."""
+    logger.error("an operation failed at a node", exc_info=error)
+    return f"the frontend failed: {type(error).__name__}; its log says more"
 
 
 def _said(outcome: Outcome) -> str:
