@@ -42,17 +42,17 @@ async def test_the_differences_come_first_and_what_differs_by_nature_last(
     ]
     frontend = await frontend_server(nodes=nodes)
     await settled(frontend)
-    text = await shown(frontend, "/compare")
+    text = await settled_page(frontend, "/compare")
     assert "1 setting differs over 5 nodes" in text
     assert re.search(r"chunk_size 2 values 1 odd one out 256 4 of 5 most .* 512 1 of 5 odd one out one_worker2", text)
     own = text.index("Each its own")
     assert text.index("chunk_size") < own < text.index("internal_api_server_port_start") < text.index("The same every")
     for words, expected in (("512", "1 setting differs"), ("no-such-setting", "Nothing found")):
-        assert expected in await shown(frontend, f"/compare?key={words}")
-    assert "One node is nothing to compare" in await shown(frontend, "/compare?q=worker3")
-    assert "No node is like this" in await shown(frontend, "/compare?q=nobody")
-    assert "0.1.0-embedded" in await shown(frontend, "/compare?what=versions")
-    assert "PATH" in await shown(frontend, "/compare?what=env&key=PATH")
+        assert expected in await settled_page(frontend, f"/compare?key={words}")
+    assert "One node is nothing to compare" in await settled_page(frontend, "/compare?q=worker3")
+    assert "No node is like this" in await settled_page(frontend, "/compare?q=nobody")
+    assert "0.1.0-embedded" in await settled_page(frontend, "/compare?what=versions")
+    assert "PATH" in await settled_page(frontend, "/compare?what=env&key=PATH")
 
 
 async def test_nodes_that_do_not_answer_are_told_and_delay_nobody(
@@ -95,7 +95,7 @@ async def test_what_was_answered_is_kept_until_somebody_asks_again(frontend_serv
             return sum(head.startswith(b"GET /conf ") for head in upstream.heads)
 
         for _ in range(3):
-            assert "No drift over 2 nodes" in await shown(frontend, "/compare")
+            assert "No drift over 2 nodes" in await settled_page(frontend, "/compare")
         assert asked() == 2
         async with frontend.client.post("/compare", data={"what": "conf", "back": "?q=up"}) as response:
             assert (response.status, response.url.path_qs) == (200, "/compare?q=up")
@@ -107,12 +107,14 @@ async def test_what_was_answered_is_kept_until_somebody_asks_again(frontend_serv
 async def test_the_environment_is_for_admins_and_nobody_is_asked_for_others(frontend_server: StartFrontend) -> None:
     async with serving(Upstream(answering({"HOME": "/root"}))) as upstream:
         frontend = await frontend_server(nodes=[upstream.node], no_trust_local=True, token="an-admin-of-sixteen")
-        text = await shown(frontend, "/compare?what=env")
+        text = await settled_page(frontend, "/compare?what=env")
         assert "you need the role admin" in text
         assert "HOME" not in text
         admin = {"Authorization": "Bearer an-admin-of-sixteen"}
         assert "One node is nothing to compare" in await shown(frontend, "/compare?what=env", **admin)
-        assert "you need the role admin" in await shown(frontend, "/compare?what=env"), "it is kept for its own role"
+        assert "you need the role admin" in await settled_page(frontend, "/compare?what=env"), (
+            "it is kept for its own role"
+        )
         assert sum(head.startswith(b"GET /env ") for head in upstream.heads) == 1
 
 
@@ -121,9 +123,24 @@ async def test_more_than_a_page_holds_is_told(frontend_server: StartFrontend, mo
     monkeypatch.setattr(gathering, "MAX_BYTES", 100)
     async with serving(Upstream(answering({"a": "1"}))) as small, serving(Upstream(answering({"a": "1" * 200}))) as big:
         nodes = [{**small.node, "name": "a"}, {**big.node, "name": "b"}, {**small.node, "name": "c"}]
-        text = await shown(await frontend_server(nodes=nodes), "/compare")
+        text = await settled_page(await frontend_server(nodes=nodes), "/compare")
         assert "1 more nodes fit the choice and were not asked" in text
         assert "the answer is larger than the 100 B that a page holds: b" in text
+
+
+async def test_too_many_comparisons_at_once_are_refused(
+    frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathering, "MAX_ROUNDS", 0)
+    frontend = await frontend_server(nodes=[{"name": "gone", "host": "127.0.0.1", "port": free_port()}])
+    assert "0 comparisons are being made" in await shown(frontend, "/compare", 503)
+
+
+async def settled_page(frontend: RunningFrontend, path: str) -> str:
+    """The page once every node has been asked."""
+    while "have been asked" in (text := await shown(frontend, path)):
+        await asyncio.sleep(0.02)
+    return text
 
 
 async def test_kinds_of_differences() -> None:

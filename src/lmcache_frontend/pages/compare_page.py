@@ -23,7 +23,7 @@ from lmcache_shared.access.gate import caller_of
 from lmcache_shared.access.roles import Role, needs
 from lmcache_shared.access.table import of_proxied
 
-FIRST_SECONDS = 1.5
+FIRST_SECONDS = 0.6
 """A page that is opened waits so long for the answers; then it shows those that are there, and how many are not."""
 
 PAGE_LINES = 150

@@ -25,6 +25,7 @@ from lmcache_frontend.pages.sweeping import Turns, sweep
 from lmcache_frontend.telemetry.health.states import NodeHealth
 from lmcache_shared.access.caller import bearer_token, is_local_caller
 from lmcache_shared.access.gate import caller_of
+from lmcache_shared.errors import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,11 @@ MAX_NODES = 2000
 """So many are asked for one page; the others of a choice are told."""
 
 AT_ONCE = 32
+"""Nodes that are asked at the same time, for all pages together."""
+
+MAX_ROUNDS = 16
+"""Pages that have nodes asked at the same time; another one is refused."""
+
 NODE_SECONDS = 5.0
 ALL_SECONDS = 60.0
 """For all nodes of a choice. Those that were up last are asked first: who hangs delays nobody else."""
@@ -186,15 +192,23 @@ class Gatherer:
     def __init__(self) -> None:
         self._shelves: OrderedDict[Hashable, _Shelf] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Semaphore(AT_ONCE)
 
     async def gather(
         self, request: web.Request, subject: Subject, nodes: Sequence[NodeHealth], seconds: float
     ) -> Gathered:
-        """Ask those of the nodes that were not asked lately, and wait so many seconds at most for all of them."""
+        """Ask those of the nodes that were not asked lately, and wait so many seconds at most for all of them.
+
+        Raises:
+            Refusal: 503, too many are asked already.
+        """
         shelf = self._shelf(request, subject)
         chosen = nodes[:MAX_NODES]
         new = [health for health in chosen if not shelf.fresh(health)]
         if new:
+            if len(self._tasks) >= MAX_ROUNDS:
+                problem = f"{MAX_ROUNDS} comparisons are being made at this moment; try again in a few seconds"
+                raise Refusal(503, problem, {"Retry-After": "5"})
             if len(new) == len(chosen) and not shelf.pending:
                 shelf.clear()
                 shelf.asked = time.time()
@@ -240,7 +254,8 @@ class Gatherer:
 
             async def one(health: NodeHealth, questions: Sequence[Asked]) -> None:
                 try:
-                    told = await _told(subject, shelf, health, questions)
+                    async with self._room:
+                        told = await _told(subject, shelf, health, questions)
                 except Exception as error:
                     logger.error("a node's answer could not be read", exc_info=error)
                     told = Told(health.node, {}, "failed", f"could not be read: {type(error).__name__}")
