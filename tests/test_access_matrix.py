@@ -32,9 +32,9 @@ ROUTES = {
     # of a component
     Role.VIEWER: """
         GET /version /lmc_version /commit_id /meta /metrics /conf /conf/definitions /loglevel /loglevel?logger_name=x
-        GET /periodic-threads /periodic-threads/{thread_name} /periodic-threads-health /backends /bypass/list /cache/lookup /freeze/status
-        GET /chunk_statistics/status /hot_cache/status /inference_info /inference_version /cache/kvcache/info
-        GET /cache/kvcache/check /lookup/info /controller/key-stats /controller/workers
+        GET /periodic-threads /periodic-threads/{thread_name} /periodic-threads-health /backends /bypass/list
+        GET /cache/lookup /freeze/status /chunk_statistics/status /hot_cache/status /inference_info /inference_version
+        GET /cache/kvcache/info /cache/kvcache/check /lookup/info /controller/key-stats /controller/workers
         POST /cache/lookup /lookup /health /query_instance /query_worker_info /check_finish
         """,
     Role.OPERATOR: """
@@ -69,8 +69,15 @@ FRONTEND_ROUTES = {
 }
 ASKING_ROUTES = {
     Role.VIEWER: """
-        GET /nodes/{proxy}/{name} /nodes/{proxy}/{name}/{tab}
-        POST /nodes/{proxy}/{name}/{tab}/{action}
+        GET /nodes/{proxy}/{name} /nodes/{proxy}/{name}/{tab} /compare /manage /manage/add /manage/entry /manage/import
+        GET /manage/nodes.json /manage/sources /operations /operations/{number} /operations/{number}/results.csv
+        GET /operations/{number}/results.json
+        POST /nodes/{proxy}/{name}/{tab}/{action} /compare
+        """,
+    Role.OPERATOR: """
+        POST /operations /operations/{number}/again /operations/{number}/cancel /operations/{number}/start
+        POST /manage/add /manage/entry/change /manage/entry/refresh /manage/entry/remove /manage/entry/restore
+        POST /manage/import /manage/test
         """,
 }
 """Pages that ask a node for their caller, each time for what that needs; through another frontend they are unknown."""

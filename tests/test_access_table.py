@@ -19,7 +19,7 @@ from lmcache_shared.access.roles import Needs, Role, by_method, declared
 from lmcache_shared.access.table import BY_METHOD, DECLARED, of_proxied
 from lmcache_shared.settings import Settings
 
-PROXY = ("/proxy/{}/{}", "/proxy2/{}", "/nodes/{}")
+PROXY = ("/proxy/{}/{}", "/proxy2/{}", "/nodes/{}", "/compare", "/operations", "/manage")
 """What they need is told by what they ask a node. A page of a further frontend is none that the table knows, so that no
 token is shown there for it but an admin's caller's."""
 

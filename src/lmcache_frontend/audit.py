@@ -203,33 +203,55 @@ def _event(request: Asking, change: Change | None) -> Event:
     )
 
 
-async def note_asked(
-    request: web.Request, known: tuple[str, Node], method: str, target: str, status: int, seconds: float
-) -> None:
-    """Tell of what a page has asked a proxy's node in the name of its caller and needs an operator or an admin.
+async def note_own(request: web.Request, what: str, status: int) -> None:
+    """Tell of what a page has changed, or failed to, of the frontend's own: `what` in a sentence."""
+    if status < FAILED:
+        request.app[TIMELINE].record(Event("operation", what, who=caller_of(request).name))
+    if AUDIT in request.app:
+        await request.app[AUDIT].add({**_line(request, "", status, 0.0), "what": what[:MAX_TEXT]})
+
+
+class Note:
+    """Tells of what a page asks a proxy's node and needs an operator or an admin; its caller may have left by then.
 
     Args:
+        request: the caller's.
         known: the proxy's name, and the node.
-        target: path and query, as the node got them.
+        target: path and query, as the node gets them.
+        is_event: whether it is an event of its own, and not one of many that have one together.
     """
-    (proxy, node), (path, _, query) = known, target.partition("?")
-    asked = dict(parse_qsl(query, keep_blank_values=True)) if len(query) <= MAX_TEXT else {}
-    if status < FAILED and method not in SAFE_METHODS:
-        names = f"parameters: {', '.join(asked)}" if asked else ""
-        kind: Kind = "setting" if path.startswith(SETTINGS) else "operation"
-        text = f"{method} {unquote(path)} at {node.name}"
-        request.app[TIMELINE].record(Event(kind, text, proxy, node.name, who=caller_of(request).name, detail=names))
-    if AUDIT in request.app:
-        line = {"method": method, "path": path[:MAX_TEXT], "query": secrets.masked(asked)}
-        told = _line(request, str(node.reach.address), status, seconds)
-        await request.app[AUDIT].add({**told, **line})
+
+    def __init__(
+        self, request: web.Request, known: tuple[str, Node], method: str, target: str, *, is_event: bool = True
+    ) -> None:
+        self._app = request.app
+        (proxy, node), (path, _, query) = known, target.partition("?")
+        asked = dict(parse_qsl(query, keep_blank_values=True)) if len(query) <= MAX_TEXT else {}
+        self._event: Event | None = None
+        if is_event and method not in SAFE_METHODS:
+            names = f"parameters: {', '.join(asked)}" if asked else ""
+            kind: Kind = "setting" if path.startswith(SETTINGS) else "operation"
+            text = f"{method} {unquote(path)} at {node.name}"
+            self._event = Event(kind, text, proxy, node.name, who=caller_of(request).name, detail=names)
+        self._line: dict[str, object] | None = None
+        if AUDIT in request.app:
+            line = {"method": method, "path": path[:MAX_TEXT], "query": secrets.masked(asked)}
+            self._line = {**_line(request, str(node.reach.address), 0, 0.0), **line}
+
+    async def tell(self, status: int, seconds: float) -> None:
+        """It has been asked, and this came of it."""
+        if self._event is not None and status < FAILED:
+            self._app[TIMELINE].record(self._event)
+        if self._line is not None:
+            line = {**self._line, "time": _now(), "status": status, "ms": round(seconds * 1000, 3)}
+            await self._app[AUDIT].add(line)
 
 
 def _line(request: Asking, node: str, status: int, seconds: float) -> dict[str, object]:
     caller = caller_of(request)
     query = secrets.masked(dict(request.query)) if len(request.query_string) <= MAX_TEXT else {"...": "too long"}
     return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "time": _now(),
         "who": caller.name,
         "role": caller.role.title,
         "from": seen_address(request),
@@ -240,3 +262,7 @@ def _line(request: Asking, node: str, status: int, seconds: float) -> dict[str, 
         "status": status,
         "ms": round(seconds * 1000, 3),
     }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

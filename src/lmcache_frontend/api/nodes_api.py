@@ -76,12 +76,20 @@ async def restore(request: web.Request) -> web.Response:
 async def sources(request: web.Request) -> web.Response:
     """Where the nodes come from, what is wrong there, and what of it was changed or removed by hand."""
     by_hand = request.app[BY_HAND]
-    told = [{"name": it.name, "place": it.place, "problems": list(it.problems)} for it in request.app[SOURCES]]
+    changed, removed = ([_named(name) for name in names] for names in (by_hand.changed(), by_hand.hidden()))
+    return json_response({"sources": told_of_sources(request.app), "changed": changed, "removed": removed})
+
+
+def told_of_sources(app: web.Application) -> list[dict[str, object]]:
+    """Each source with its name, its place and its problems; proxies that do not tell of their nodes last."""
+    by_hand = app[BY_HAND]
+    told: list[dict[str, object]] = [
+        {"name": it.name, "place": it.place, "problems": list(it.problems)} for it in app[SOURCES]
+    ]
     problems = [] if by_hand.problem is None else [by_hand.problem]
     told.append({"name": "hand", "place": by_hand.place, "problems": problems})
-    told += [{"name": "proxy", "place": place, "problems": [why]} for place, why in request.app[NEIGHBOURS].problems()]
-    changed, removed = ([_named(name) for name in names] for names in (by_hand.changed(), by_hand.hidden()))
-    return json_response({"sources": told, "changed": changed, "removed": removed})
+    told += [{"name": "proxy", "place": place, "problems": [why]} for place, why in app[NEIGHBOURS].problems()]
+    return told
 
 
 def _named(name: Name) -> dict[str, str]:

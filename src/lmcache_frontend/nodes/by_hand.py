@@ -113,6 +113,27 @@ class ByHand:
 
         await self._apply(changes)
 
+    async def put_all(self, entries: Sequence[Node | Proxy]) -> None:
+        """Put each in the place of what has its name, or beside the others: all of them or none.
+
+        Raises:
+            Refusal: 409, when these are too many; 503, when they cannot be kept.
+        """
+
+        def changes() -> list[Change]:
+            found: dict[Name, Change] = {}
+            for entry in entries:
+                if isinstance(entry, Node):
+                    found[LOCAL_PROXY, entry.name] = self._put((LOCAL_PROXY, entry.name), entry)
+                    continue
+                found[entry.name] = self._put(entry.name, entry)
+                found.update(
+                    {(entry.name, node.name): self._put((entry.name, node.name), node) for node in entry.nodes}
+                )
+            return list(found.values())
+
+        await self._apply(changes)
+
     async def change(self, name: str, entry: Node | Proxy, *, proxy: str | None = None) -> bool:
         """Put `entry` in the place of a proxy or node; whether it was a proxy.
 

@@ -175,6 +175,25 @@ class Neighbours:
         if asked.problem is not None and not asked.is_partial:
             raise NeighbourError(asked.problem)
 
+    async def told_by(self, head: Proxy) -> int:
+        """Ask a frontend that may be nobody's proxy yet how many nodes it tells of; nothing is kept of it.
+
+        Raises:
+            NeighbourError: it does not tell, or is none.
+        """
+        try:
+            body = await asyncio.wait_for(_fetch(head), ASK_SECONDS)
+            told = None if body is None else await self._read(body)
+        except asyncio.TimeoutError:
+            raise NeighbourError(f"no answer within {ASK_SECONDS:g} seconds") from None
+        except (aiohttp.ClientError, OSError, ValueError, Refusal) as error:
+            raise NeighbourError(_problem(error)) from None
+        if told is None:
+            raise NeighbourError("it is no frontend: it has no /api/nodes")
+        if told.frontend == self._registry.identity:
+            raise NeighbourError("it is this frontend itself")
+        return len(told.nodes)
+
     def _look(self) -> None:
         now = time.monotonic()
         heads = {head.name: head for head in self._registry.heads()}

@@ -16,8 +16,9 @@ from typing import Literal
 from aiohttp import web
 
 from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
-from lmcache_frontend.audit import note_asked
+from lmcache_frontend.audit import Note
 from lmcache_frontend.nodes.node import Node
+from lmcache_frontend.pages.wording import size
 from lmcache_frontend.proxy.exchange import Answer, Outgoing
 from lmcache_frontend.proxy.headers import refuse_loops, request_fields
 from lmcache_frontend.proxy.vouching import admitted, introduction
@@ -135,31 +136,81 @@ async def ask(request: web.Request, proxy: str, node: Node, question: Question) 
     Raises:
         Refusal: 508, the request goes in a circle.
     """
-    refuse_loops(request)
-    path = node.reach.prefix + question.path
-    try:
-        asked = admitted(request, path, question.method)
-    except Refusal as refusal:
-        needs = max(of_proxied(question.method, path).role, Role.VIEWER)
-        outcome = Outcome("refused", refusal.status, problem=str(refusal.detail), needs=needs)
-        if needs >= Role.OPERATOR:
-            await note_asked(request, (proxy, node), question.method, question.path, outcome.status, 0.0)
+    return await Asked(request, proxy, node, question).outcome()
+
+
+class Asked:
+    """A question to a proxy's node in the name of the caller of `request`, who needs not be there when it is sent.
+
+    Whether the caller may ask is found out at once, and so is what the node is told of the caller.
+
+    Args:
+        is_event: a change by it is an event of the timeline, and not one of many that have one together.
+
+    Raises:
+        Refusal: 508, the request goes in a circle.
+    """
+
+    def __init__(
+        self, request: web.Request, proxy: str, node: Node, question: Question, *, is_event: bool = True
+    ) -> None:
+        refuse_loops(request)
+        self._app = request.app
+        self._proxy, self._node, self._question = proxy, node, question
+        path = node.reach.prefix + question.path
+        self._refused: Outcome | None = None
+        self._outgoing: Outgoing | None = None
+        try:
+            asked = admitted(request, path, question.method)
+        except Refusal as refusal:
+            role = max(of_proxied(question.method, path).role, Role.VIEWER)
+            self._refused = Outcome("refused", refusal.status, problem=str(refusal.detail), needs=role)
+        else:
+            role = asked.role
+            token = request.app[REGISTRY].token_of(node.reach.address)
+            shown = request_fields(request, "", introduction(request, asked, token))
+            self._outgoing = _outgoing(question, path, [field for field in shown if field[0].lower() in _KEPT])
+        try:
+            self._address = request.app[POLICY].allowed(request, node.reach.address)
+        except Refusal as refusal:
+            self._refused = self._refused or Outcome("failed", refusal.status, problem=str(refusal.detail))
+        known = (proxy, node)
+        is_change = role >= Role.OPERATOR
+        self._note = Note(request, known, question.method, question.path, is_event=is_event) if is_change else None
+
+    async def outcome(self) -> Outcome:
+        """Send it. Nothing is raised for what a node does; a lost answer is an outcome as well."""
+        began = time.monotonic()
+        outcome = self._refused or await self._send()
+        if self._note is not None:
+            await self._note.tell(outcome.status, time.monotonic() - began)
         return outcome
-    began = time.monotonic()
-    token = request.app[REGISTRY].token_of(node.reach.address)
-    shown = request_fields(request, "", introduction(request, asked, token))
-    outgoing = _outgoing(question, path, [field for field in shown if field[0].lower() in _KEPT])
-    try:
-        outcome = await asyncio.wait_for(_exchange(request, proxy, node, outgoing, question.most), question.seconds)
-    except asyncio.TimeoutError:
-        outcome = Outcome("late", 504, problem=f"no whole answer within {question.seconds:g} seconds")
-    except Refusal as refusal:
-        kind: Kind = {503: "offline", 502: "offline", 504: "late"}.get(refusal.status, "failed")  # type: ignore[assignment]
-        outcome = Outcome(kind, refusal.status, problem=from_the_way(str(refusal.detail), node, proxy))
-    if asked.role >= Role.OPERATOR:
-        seconds = time.monotonic() - began
-        await note_asked(request, (proxy, node), question.method, question.path, outcome.status, seconds)
-    return outcome
+
+    async def _send(self) -> Outcome:
+        assert self._outgoing is not None
+        seconds = self._question.seconds
+        try:
+            return await asyncio.wait_for(self._exchange(self._outgoing), seconds)
+        except asyncio.TimeoutError:
+            return Outcome("late", 504, problem=f"no whole answer within {seconds:g} seconds")
+        except Refusal as refusal:
+            kind: Kind = {503: "offline", 502: "offline", 504: "late"}.get(refusal.status, "failed")  # type: ignore[assignment]
+            return Outcome(kind, refusal.status, problem=from_the_way(str(refusal.detail), self._node, self._proxy))
+
+    async def _exchange(self, outgoing: Outgoing) -> Outcome:
+        most = self._question.most
+        target = await self._app[TARGETS].get(self._address)
+        answer = await target.request(outgoing)
+        try:
+            body = await _read(answer, most)
+            if len(body) > most:
+                problem = f"the answer is larger than the {size(most)} that a page holds"
+                return Outcome("too large", answer.status, body[:most], problem)
+            return _judged(answer, body, self._proxy, self._node)
+        except ConnectionError as error:
+            return Outcome("failed", 502, problem=f"the answer broke off: {error or type(error).__name__}")
+        finally:
+            answer.release()
 
 
 def _outgoing(question: Question, path: str, shown: list[tuple[bytes, bytes]]) -> Outgoing:
@@ -184,22 +235,6 @@ class _Whole:
 
     async def read(self) -> bytes:
         return b""
-
-
-async def _exchange(request: web.Request, proxy: str, node: Node, outgoing: Outgoing, most: int) -> Outcome:
-    address = request.app[POLICY].allowed(request, node.reach.address)
-    target = await request.app[TARGETS].get(address)
-    answer = await target.request(outgoing)
-    try:
-        body = await _read(answer, most)
-        if len(body) > most:
-            problem = f"the answer is larger than the {most >> 20} MiB that a page holds"
-            return Outcome("too large", answer.status, body[:most], problem)
-        return _judged(answer, body, proxy, node)
-    except ConnectionError as error:
-        return Outcome("failed", 502, problem=f"the answer broke off: {error or type(error).__name__}")
-    finally:
-        answer.release()
 
 
 async def _read(answer: Answer, most: int) -> bytes:

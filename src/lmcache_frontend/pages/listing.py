@@ -79,8 +79,8 @@ def _by_value(series: str) -> Callable[[Row], tuple[object, ...]]:
 
 
 SORTS: Mapping[str, tuple[str, Callable[[Row], tuple[object, ...]]]] = {
-    "state": ("State, worst first", lambda row: (_RANK[row.health.state], _role_rank(row), _natural(row.name))),
-    "name": ("Name", lambda row: _natural(row.name)),
+    "state": ("State, worst first", lambda row: (_RANK[row.health.state], _role_rank(row), natural(row.name))),
+    "name": ("Name", lambda row: natural(row.name)),
     "latency": ("Answers slowest", lambda row: (row.health.milliseconds is None, -(row.health.milliseconds or 0.0))),
     "load": ("Load, highest first", _by_value("load")),
     "requested": ("Requested tokens", _by_value("requested_tokens")),
@@ -95,7 +95,7 @@ def _role_rank(row: Row) -> int:
     return _ROLES.index(row.health.role) if row.health.role in _ROLES else len(_ROLES)
 
 
-def _natural(name: str) -> tuple[object, ...]:
+def natural(name: str) -> tuple[object, ...]:
     """worker9 before worker10: text and numbers in turn."""
     parts: list[object] = []
     digits = text = ""
@@ -135,7 +135,11 @@ class Choice:
 
     @classmethod
     def of(cls, request: web.Request) -> Choice:
-        asked = request.query.get
+        return cls.from_query(request.query.get)
+
+    @classmethod
+    def from_query(cls, asked: Callable[[str, str], str]) -> Choice:
+        """From anything that gives a parameter or what is told otherwise."""
         page, group, sort = asked("page", ""), asked("group", ""), asked("sort", "")
         return cls(
             q=asked("q", "").strip()[:MAX_TEXT],
@@ -286,7 +290,7 @@ def _in_order(grouped: dict[str, list[Row]], by: str) -> list[tuple[str, list[Ro
         return sorted(grouped.items(), key=lambda it: _RANK.get(it[0], 9))  # type: ignore[call-overload]
     if by == "frontend":
         return list(grouped.items())
-    return sorted(grouped.items(), key=lambda it: _natural(it[0]))
+    return sorted(grouped.items(), key=lambda it: natural(it[0]))
 
 
 def revision(app: web.Application) -> object:

@@ -233,16 +233,7 @@ class HealthBoard:
         """Ask one node. Whatever comes of it is an outcome, and the next check follows."""
         watched.checks += 1
         version = watched.health.version
-        try:
-            answer = await ask(watched.reach.address, watched.request, self._names)
-            found = _outcome(answer, watched.health)
-        except NoAnswer as error:
-            found = Checked(from_the_way(str(error), watched.health.node, watched.health.proxy))
-        except NotAsked as error:
-            found = Checked(from_the_way(str(error), watched.health.node, watched.health.proxy), asked=False)
-        except Exception as error:
-            logger.debug("a check failed", exc_info=True)
-            found = Checked(f"could not be asked: {type(error).__name__}", asked=False)
+        found = await check(watched.health, watched.request, self._names)
         came_up = not watched.health.answers
         self._publish(watched, after(watched.health, found, _now(), rise=self._rise, fall=self._fall))
         is_due = came_up or watched.health.version != version or time.monotonic() >= watched.role_due
@@ -291,7 +282,7 @@ class _Watched:
         self.health = health
         self.phase = phase
         self.reach = health.node.reach
-        self.request = request_bytes(self.reach.address, f"{self.reach.prefix}/version", token=self.reach.token)
+        self.request = question(health.node)
         self.role_request = request_bytes(
             self.reach.address, f"{self.reach.prefix}/meta?names=role,model_name", token=self.reach.token
         )
@@ -333,6 +324,26 @@ def pause(interval: float, health: NodeHealth, phase: float | None = None) -> fl
     else:
         seconds = interval
     return seconds * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - spreads, keeps no secret
+
+
+async def check(health: NodeHealth, request: bytes, names: Names) -> Checked:
+    """Ask a node once. Whatever comes of it is an outcome."""
+    node, proxy = health.node, health.proxy
+    try:
+        return _outcome(await ask(node.reach.address, request, names), health)
+    except NoAnswer as error:
+        return Checked(from_the_way(str(error), node, proxy))
+    except NotAsked as error:
+        return Checked(from_the_way(str(error), node, proxy), asked=False)
+    except Exception as error:
+        logger.debug("a check failed", exc_info=True)
+        return Checked(f"could not be asked: {type(error).__name__}", asked=False)
+
+
+def question(node: Node) -> bytes:
+    """What a check asks of a node."""
+    reach = node.reach
+    return request_bytes(reach.address, f"{reach.prefix}/version", token=reach.token)
 
 
 def _outcome(answer: Answer, health: NodeHealth) -> Checked:

@@ -7,7 +7,7 @@ async function show(form, submitter) {
   const buttons = form.querySelectorAll("button");
   buttons.forEach((button) => (button.disabled = true));
   try {
-    const answer = await fetch(form.action, { method: "POST", body });
+    const answer = await fetch(submitter?.hasAttribute("formaction") ? submitter.formAction : form.action, { method: "POST", body });
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const part = page.getElementById("dialog-part") ?? page.querySelector("main");
     dialog.replaceChildren(...(part ? [part] : [`The frontend answers ${answer.status}.`]));

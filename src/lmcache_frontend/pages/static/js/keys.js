@@ -42,3 +42,9 @@ document.addEventListener("keydown", (event) => {
 
 document.addEventListener("click", (event) => event.target.closest?.("[data-keys]") && keys.showModal());
 document.addEventListener("change", (event) => event.target.matches?.("[data-submit]") && event.target.form.requestSubmit());
+
+// Where there is no room for all tabs, that of this page is seen.
+for (const it of document.querySelectorAll(".tabs [aria-current], .top nav [aria-current]")) {
+  const bar = it.parentElement;
+  bar.scrollLeft = it.offsetLeft - bar.offsetLeft - (bar.clientWidth - it.clientWidth) / 2;
+}

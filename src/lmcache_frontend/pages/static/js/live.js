@@ -37,7 +37,7 @@ function disturbs() {
 }
 
 function refresh() {
-  if (busy || disturbs() || Date.now() - asked < pause) return;
+  if (busy || disturbs() || part.querySelector("[data-settled]") || Date.now() - asked < pause) return;
   if (stream?.readyState === EventSource.OPEN && !changed) return;
   [busy, changed, asked] = [true, false, Date.now()];
   part.dispatchEvent(new Event("refresh"));
