@@ -1,24 +1,22 @@
 """What the tests of pages share."""
 
-import os
-import shutil
+import sys
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
+
+from tests.e2e.processes import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import chromium
 
 REBOUND = "rebound.example.com"
 """A name of somebody else's that points here, to the browser."""
 
 
-@pytest.fixture(scope="module")  # its loop runs as long: no asynchronous test can stand beside it
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    names = (os.environ.get("CHROMIUM") or "", "chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if name and (found := shutil.which(name))), None)
-    assert path, "Chromium not found; `make test` installs it where it can, CHROMIUM names it"
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    flags.append(f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=flags)
+    """Its loop runs in this thread until the module ends, so that none of its tests can have a loop of its own."""
+    with chromium.running([f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1"]) as browser:
         yield browser
-        browser.close()

@@ -15,25 +15,6 @@ from lmcache_api.pytest_plugin import free_port
 from tests.e2e.pages import Seen
 from tests.e2e.processes import read_until, running
 
-ENTRY = "/manage/entry?proxy=local_proxy&name=worker0"
-PAGES = (
-    "/compare",
-    "/compare?what=versions",
-    "/compare?what=env&key=PATH",
-    "/compare?key=nothing-has-this",
-    "/compare?q=nobody",
-)
-PAGES += ("/operations", "/operations?kind=settings&q=worker", "/operations?q=nobody")
-PAGES += (
-    "/manage",
-    "/manage/add",
-    "/manage/add?kind=proxy",
-    "/manage/import",
-    "/manage/sources",
-    ENTRY,
-    f"{ENTRY}&test=yes",
-)
-
 
 @dataclass(frozen=True)
 class Cluster:
@@ -60,20 +41,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         with running("-m", "lmcache_frontend", *frontend) as child:
             read_until(child, "serves on")
             yield Cluster(port, odd)
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1440, "dark"), (390, "light")])
-def test_each_page_fits_is_accessible_and_keeps_to_itself(
-    browser: Browser, cluster: Cluster, width: int, scheme: str
-) -> None:
-    seen = Seen(browser, cluster.port, width=width, scheme=scheme)
-    for path in PAGES:
-        seen.open(path)
-        assert seen.too_wide() <= 0, path
-        if width > 1000:  # narrow, there is nothing else in it
-            assert seen.problems() == [], path
-    assert (seen.errors, seen.outside) == ([], [])
-    seen.page.close()
 
 
 def test_the_odd_one_is_seen_and_searched_for(browser: Browser, cluster: Cluster) -> None:
