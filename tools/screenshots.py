@@ -29,6 +29,7 @@ from lmcache_shared.errors import StartError
 
 FOLDER = Path(__file__).parents[1] / "docs" / "img"
 WIDTH, HEIGHT = 1440, 900
+CONTROLLER_PORT = 9000
 MAX_BYTES = 200_000
 """Of one picture: they are in everybody's clone."""
 
@@ -75,18 +76,18 @@ def main() -> int:
 
 def _start(folder: Path, children: dict[str, Child], stop: threading.Event) -> str:
     """The cluster; the address of its first frontend."""
-    control, rack2, port = _free_ports(3)
+    rack2, port = _free_ports(2)
     chat, batch = _nodes(folder / "chat", "", WORKERS + 1), _nodes(folder / "batch", "batch-", BATCH_WORKERS)
-    chat.append({"name": "controller", "host": "127.0.0.1", "port": control})
+    chat.append({"name": "controller", "host": "localhost", "port": f"{folder}/chat_{CONTROLLER_PORT}"})
     chat.append({"name": "rack2", "host": "127.0.0.1", "port": rack2, "nodes": []})
     api = ["lmcache_api", "--log-level", "warning"]
     of_chat = _settings(folder / "chat", instance="chat", chunk_statistics=True)
-    of_chat += ["--set=enable_controller=true", f"--set=controller_address=127.0.0.1:{control}"]
+    of_chat.append("--set=enable_controller=true")
     of_batch = [*_settings(folder / "batch", instance="batch", chunk_statistics=False), "--set=chunk_size=512"]
     frontend = ["lmcache_frontend", "--registry", "memory", "--host", "127.0.0.1", "--refresh-interval", "5"]
     lost = ["--role", "worker", "--worker-id", str(WORKERS), "--workers", str(WORKERS + 1)]
     for name, command, servers in (
-        ("the controller", [*api, *of_chat, "--role", "controller", f"--set=controller_port={control}"], 1),
+        ("the controller", [*api, *of_chat, "--role", "controller"], 1),
         ("the chat's servers", [*api, *of_chat, "--set=engine_load=5", "--workers", str(WORKERS)], WORKERS + 1),
         ("the batch's servers", [*api, *of_batch, "--set=engine_load=2", "--workers", str(BATCH_WORKERS)], 1),
         (LOST, [*api, *of_chat, *lost], 1),
@@ -169,7 +170,7 @@ def _take_all(browser: Browser, url: str, folder: Path) -> None:
     take(page, "node", f"{NODE}?range=5m", ".plot canvas")
     take(page, "metrics", f"{NODE}/metrics?q=retrieve", "details.family")
     take(page, "threads", f"{NODE}/threads", "details.stack")
-    take(page, "configuration", "/nodes/local_proxy/worker0/conf", ".setting")
+    take(page, "configuration", "/nodes/local_proxy/worker0/conf?show=mutable", ".setting")
     take(page, "compare", "/compare", ".difference")
     take(page, "manage", "/manage", "tbody tr")
     page.goto(f"{url}/operations?kind=settings&role=worker")

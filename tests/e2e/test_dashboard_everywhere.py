@@ -63,21 +63,19 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A controller with a scheduler and two workers under load, a node that is gone, and another frontend."""
     folder: Path = tmp_path_factory.mktemp("all")
-    control, other, port = free_port(), free_port(), free_port()
-    sockets = [("scheduler", 6999), ("worker0", 7000), ("worker1", 7001), ("gone", 1)]
+    other, port = free_port(), free_port()
+    sockets = [("scheduler", 6999), ("worker0", 7000), ("worker1", 7001), ("controller", 9000), ("gone", 1)]
     nodes: list[dict[str, object]] = [
         {"name": name, "host": "localhost", "port": f"{folder}/s_{number}"} for name, number in sockets
     ]
-    more = [{"name": "controller", "host": "127.0.0.1", "port": control}]
-    more.append({"name": "rack2", "host": "127.0.0.1", "port": other, "nodes": []})
+    rack2 = {"name": "rack2", "host": "127.0.0.1", "port": other, "nodes": []}
     prefix = f"--set=internal_api_server_socket_path_prefix={folder}/s"
     api = ["-m", "lmcache_api", prefix, *(f"--set={setting}" for setting in SETTINGS)]
-    api += [f"--set=controller_address=127.0.0.1:{control}"]
     host = ["-m", "lmcache_frontend", "--host", "127.0.0.1", "--health-interval", "1", "--refresh-interval", "1"]
     of_rack = [*host, "--port", str(other), "--nodes", json.dumps(nodes[2:3])]
-    first = [*host, "--port", str(port), "--nodes", json.dumps([*nodes, *more])]
+    first = [*host, "--port", str(port), "--nodes", json.dumps([*nodes, rack2])]
     with (
-        running("-m", "lmcache_api", "--role", "controller", prefix, f"--set=controller_port={control}") as controller,
+        running("-m", "lmcache_api", "--role", "controller", prefix) as controller,
         running(*api, "--workers", "2") as components,
         running(*of_rack) as rack,
         running(*first) as frontend,
