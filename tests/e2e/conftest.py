@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from inspect import iscoroutinefunction
 
 import pytest
 from playwright.sync_api import Browser
@@ -16,7 +17,9 @@ REBOUND = "rebound.example.com"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Its loop runs in this thread until the module ends, so that none of its tests can have a loop of its own."""
+def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
+    """Its loop runs in this thread until the module ends; in other modules tests have loops of their own again."""
+    others = [name for name, it in vars(request.module).items() if name[:5] == "test_" and iscoroutinefunction(it)]
+    assert not others, f"asynchronous tests cannot stand beside a browser's: {others}"
     with chromium.running([f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1"]) as browser:
         yield browser
