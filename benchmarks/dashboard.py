@@ -243,8 +243,8 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=1000, metavar="N", help="default: %(default)s")
     parser.add_argument("--pages", type=int, nargs="+", default=[1, 10], metavar="N", help="default: 1 10")
     parser.add_argument("--seconds", type=int, default=30, help="how long each is measured (default: %(default)s)")
-    harness.count_option(parser, "--rounds", 15, 1000, "how often a page is opened")
-    harness.count_option(parser, "--updates", 8, 100, "how many updates are measured")
+    harness.count_option(parser, "--rounds", 15, 50, "how often a page is opened")
+    harness.count_option(parser, "--updates", 8, 50, "how many updates are measured")
     return harness.run("dashboard.py", parser, measure)
 
 
