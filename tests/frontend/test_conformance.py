@@ -164,9 +164,7 @@ async def test_a_chunked_body_stays_chunked_and_its_trailers_are_dropped(
 
 async def test_expect_is_answered_here_before_the_body_comes(between: Between, bodies: list[bytes]) -> None:
     reader, writer = await between.connect()
-    writer.write(
-        b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n"
-    )
+    writer.write(b"POST /proxy2/upstream/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n")
     assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
     writer.write(b"body")
     assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).startswith(b"HTTP/1.1 200 ")

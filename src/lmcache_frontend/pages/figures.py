@@ -15,6 +15,9 @@ from lmcache_frontend.telemetry.history.timeline import TIMELINE, Event
 
 Values = Mapping[str, float | None]
 
+HIT_RATES = ("lookup_hit_rate", "hit_rate")
+"""The first that is known is shown: of what vLLM retrieves nearly all is there, whatever the cache has."""
+
 TREND_POINTS = 90
 """Of a small picture: more would not be seen."""
 
@@ -24,6 +27,11 @@ OLD_ROUNDS = 3
 """Values that are older than so many intervals say how old they are."""
 
 DEFAULT_RANGE = "1h"
+
+
+def hit_rate_of(values: Values) -> float | None:
+    """The hit rate that says most."""
+    return next((value for name in HIT_RATES if (value := values.get(name)) is not None), None)
 
 
 class Figures:

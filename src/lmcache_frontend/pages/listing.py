@@ -13,7 +13,7 @@ from aiohttp import web
 
 from lmcache_frontend.app import HEALTH, NEIGHBOURS, REGISTRY
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Proxy
-from lmcache_frontend.pages.figures import DEFAULT_RANGE, Figures
+from lmcache_frontend.pages.figures import DEFAULT_RANGE, Figures, hit_rate_of
 from lmcache_frontend.pages.paths import node_path
 from lmcache_frontend.telemetry.health.states import STATES, NodeHealth
 from lmcache_frontend.telemetry.history.ranges import RANGES
@@ -49,6 +49,10 @@ class Row:
     def key(self) -> tuple[str, str]:
         return self.health.proxy, self.health.node.name
 
+    @property
+    def hit_rate(self) -> float | None:
+        return hit_rate_of(self.figures)
+
     def value(self, series: str) -> float | None:
         return self.figures.get(series)
 
@@ -81,7 +85,7 @@ SORTS: Mapping[str, tuple[str, Callable[[Row], tuple[object, ...]]]] = {
     "load": ("Load, highest first", _by_value("load")),
     "requested": ("Requested tokens", _by_value("requested_tokens")),
     "retrieve": ("Retrieve p95, slowest first", _by_value("retrieve_p95")),
-    "hits": ("Hit rate, lowest first", lambda row: _lowest(row.value("hit_rate"), row.name)),
+    "hits": ("Hit rate, lowest first", lambda row: _lowest(row.hit_rate, row.name)),
     "since": ("Changed last", lambda row: (row.health.since is None, -(_stamp(row)))),
 }
 """In which order nodes can stand."""

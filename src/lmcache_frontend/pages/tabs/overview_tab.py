@@ -29,7 +29,7 @@ class Panel:
 
 PANELS = (
     Panel("Tokens", ("requested_tokens", "hit_tokens", "stored_tokens")),
-    Panel("Hit rate", ("hit_rate",)),
+    Panel("Hit rate", ("lookup_hit_rate", "hit_rate")),
     Panel("Time to retrieve", ("retrieve_p50", "retrieve_p95", "retrieve_p99")),
     Panel("Time to store", ("store_p50", "store_p95", "store_p99")),
     Panel("Cache use", ("cpu_bytes", "disk_bytes", "remote_bytes")),

@@ -93,7 +93,7 @@ def _value(series: Series, before: Reading | None, now: Reading, observed: dict[
         found = observed.get(series.families[0])
         return NAN if found is None else quantile(found, series.quantile)
     if series.kind == "gauge":
-        told = [it.value for name in series.families if (it := now.scalars.get(name)) is not None]
+        told = [now.scalars[name] for name in series.families if name in now.scalars]
         return sum(told) if told else NAN
     return NAN if before is None else _rate(series.families, before, now)
 
@@ -109,11 +109,11 @@ def _rate(families: Sequence[str], before: Reading, now: Reading) -> float:
         if earlier is None:
             if STARTED not in now.scalars:
                 return NAN  # it may be another process
-            counted += told.value
-        elif told.value < earlier.value or told.samples != earlier.samples:
+            counted += told
+        elif told < earlier or now.samples.get(name) != before.samples.get(name):
             return NAN
         else:
-            counted += told.value - earlier.value
+            counted += told - earlier
     return counted / (now.moment - before.moment) if is_told else NAN
 
 

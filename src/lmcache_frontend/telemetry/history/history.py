@@ -25,7 +25,7 @@ from lmcache_frontend.telemetry.history.series import KEPT, KEPT_OF_CLUSTER, SER
 SLOT_SECONDS = 5.0
 
 MAX_NODES = 2000
-"""Nodes with a past, which is 330 MiB at most; of further ones the latest values are known, and they count in the
+"""Nodes with a past, which is 370 MiB at most; of further ones the latest values are known, and they count in the
 cluster's totals.
 """
 

@@ -29,13 +29,6 @@ _WANTED: Final = (*_SCALARS, *_BUCKETS)
 _BEHIND_NAME: Final = frozenset(b"{ \t")
 
 
-class Told(NamedTuple):
-    """A family's value, summed up, and by how many samples it is told."""
-
-    value: float
-    samples: int
-
-
 class Buckets(NamedTuple):
     """A histogram: its upper bounds with `inf` at the end, and how much was observed up to each."""
 
@@ -46,10 +39,15 @@ class Buckets(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """What one answer says, at a moment of the monotonic clock."""
+    """What one answer says, at a moment of the monotonic clock.
+
+    `scalars` are summed up; of those that are told by several samples `samples` says by how many. A dictionary of
+    numbers costs the garbage collector nothing, an object for each number would cost it more than reading does.
+    """
 
     moment: float
-    scalars: dict[str, Told] = field(default_factory=dict)
+    scalars: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
     histograms: dict[str, Buckets] = field(default_factory=dict)
 
 
@@ -110,7 +108,9 @@ def _read_in(text: bytes, moment: float, order: Order) -> Reading | None:
                 total += _number(line, len(name))
                 samples, position = samples + 1, end
             if samples <= MAX_SAMPLES and math.isfinite(total):
-                reading.scalars[scalar] = Told(total, samples)
+                reading.scalars[scalar] = total
+                if samples > 1:
+                    reading.samples[scalar] = samples
         else:
             buckets, position = _buckets(text, name, at)
             if buckets is not None:

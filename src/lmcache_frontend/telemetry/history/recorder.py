@@ -176,6 +176,9 @@ class Recorder:
             except asyncio.CancelledError:
                 self._failed(key, asked, "no answer until the end of its round")
                 raise
+            except Exception as error:
+                logger.debug("an answer could not be read", exc_info=True)
+                self._failed(key, asked, f"could not be read: {type(error).__name__}")
 
     def _failed(self, key: NodeKey, asked: _Asked, problem: str) -> None:
         asked.failures += 1

@@ -81,6 +81,21 @@ def _all() -> list[Series]:
         ),
         Series("hit_rate", "Hit rate", "share", "ratio", of=("hit_tokens", "requested_tokens")),
         Series("stored_tokens", "Stored tokens", "tokens/s", "rate", ("lmcache:num_stored_tokens_total",)),
+        Series(
+            "lookup_tokens",
+            "Looked up tokens",
+            "tokens/s",
+            "rate",
+            ("lmcache:num_lookup_tokens_total", "lmcache_mp_lookup_requested_tokens_total"),
+        ),
+        Series(
+            "lookup_hit_tokens",
+            "Found tokens",
+            "tokens/s",
+            "rate",
+            ("lmcache:num_lookup_hits_total", "lmcache_mp_lookup_hit_tokens_total"),
+        ),
+        Series("lookup_hit_rate", "Lookup hit rate", "share", "ratio", of=("lookup_hit_tokens", "lookup_tokens")),
         *_quantiles("retrieve", "Time to retrieve", RETRIEVE),
         *_quantiles("store", "Time to store", STORE),
         Series(
