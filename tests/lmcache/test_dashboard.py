@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.e2e.conftest import browser as browser
 from tests.e2e.pages import Seen
 from tests.lmcache.processes import (
     Controllers,

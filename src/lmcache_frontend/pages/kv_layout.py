@@ -15,11 +15,14 @@ from markupsafe import Markup
 MAX_ROWS = 128
 MAX_COLUMNS = 96
 MAX_LAYERS = 10_000
-HEIGHT = 260
+MAX_EXTENT = 1 << 40
+"""Of a tensor in one direction: what is more is no tensor."""
+HEIGHT = 320
 """Pixels of the picture, when there are enough rows for it."""
 
 MAX_PITCH = 36.0
-"""Of a row, where there are few."""
+MIN_GAP_PITCH = 4.0
+"""Of a row: the most, and from which on there is a gap below it."""
 
 _WIDTH = 960
 _KINDS = 4
@@ -136,7 +139,7 @@ def read_layout(told: Mapping[str, object]) -> Layout:
     layers = []
     for name, layer in list(found.items())[:MAX_LAYERS] if isinstance(found, dict) else ():
         shape = layer.get("shape") if isinstance(layer, dict) else None
-        if isinstance(shape, list) and all(isinstance(it, int) and it >= 0 for it in shape):
+        if isinstance(shape, list) and all(isinstance(it, int) and 0 <= it < MAX_EXTENT for it in shape):
             layers.append(Layer(name, tuple(shape), str(layer.get("dtype", "")), str(layer.get("device", ""))))
     layers.sort(key=lambda layer: natural(layer.name))
     kinds: dict[tuple[object, ...], Kind] = {}
@@ -199,6 +202,6 @@ def _row(row: Sequence[Layer], y: float, pitch: float, slots: int, kind_of: Mapp
         kind_of[id(row[0])].number if len(kinds) == 1 else "mixed",
         y,
         max(layer.slots for layer in row) / slots * _WIDTH,
-        pitch - (1 if pitch >= 4 else 0.5),
+        pitch - (1 if pitch >= MIN_GAP_PITCH else 0),
         f"{title}: {' and '.join(kinds)}, {max(layer.slots for layer in row):,} slots",
     )

@@ -72,7 +72,7 @@ async def _tokens(view: View) -> Mapping[str, object]:
         "locations": list(backends.object()) if backends.ok else [],
         "spans": spans_of(answer),
         "hit": hit if isinstance(hit, int) else 0,
-        "workers": _dicts(answer.get("workers")),
+        "workers": workers_of(answer),
     }
 
 
@@ -85,6 +85,15 @@ def spans_of(answer: Mapping[str, object]) -> list[Span]:
         start, end, chunks = (number if isinstance(number, int) else 0 for number in numbers)
         spans.append(Span(start, end, chunks, [str(name) for name in locations] if isinstance(locations, list) else []))
     return spans
+
+
+def workers_of(answer: Mapping[str, object]) -> list[tuple[str, int, str]]:
+    """What a scheduler tells of each worker: its number, how many tokens it knows, and why it has not said."""
+    workers = []
+    for it in _dicts(answer.get("workers"))[:MAX_SPANS]:
+        hit = it.get("num_hit_tokens")
+        workers.append((str(it.get("worker_id", "")), hit if isinstance(hit, int) else 0, str(it.get("error") or "")))
+    return workers
 
 
 def _dicts(found: object) -> list[dict[str, object]]:
@@ -197,9 +206,13 @@ async def _plan_tokens(view: View, form: Form, verb: str, effect: str, *, is_dan
         looked = await view.ask(Question("GET", f"/cache/lookup?{tokens.query}", seconds=SECONDS))
         if looked.ok:
             then = f"{tokens.count:,}, in full chunks" if verb == "Store" else "the same"
-            changes = [Change("Tokens known", f"{looked.object().get('num_hit_tokens', 0):,}", then)]
+            changes = [Change("Tokens known", _grouped(looked.object().get("num_hit_tokens")), then)]
     title = f"{verb} tokens {tokens.text}"
     return Plan(title, [view.name], effect, changes, is_danger, tokens.problem)
+
+
+def _grouped(found: object) -> str:
+    return f"{found:,}" if isinstance(found, int) else "not known"
 
 
 async def store(view: View, form: Form) -> Result:

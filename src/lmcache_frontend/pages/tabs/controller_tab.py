@@ -75,7 +75,8 @@ async def show(view: View) -> Mapping[str, object]:
     return {
         "outcome": workers,
         "stats": stats,
-        "totals": stats.object() if stats.ok else {},
+        "instance_count": _whole(stats.object().get("total_instance_count")) if stats.ok else len(instances),
+        "key_count": _whole(stats.object().get("total_key_count")) if stats.ok else None,
         "instances": instances[:MAX_INSTANCES],
         "more_instances": max(0, len(instances) - MAX_INSTANCES),
         "instance": instance,
@@ -110,9 +111,11 @@ async def _asked(view: View, instance: str) -> Mapping[str, object]:
         "tokens": tokens,
         "wants_lookup": wants_lookup,
         "looked": looked,
-        "known": read_known(layout),
+        "known": read_known(layout, tokens.count),
         "health": health,
-        "error_codes": sorted(codes.items())[:MAX_ANSWERS] if isinstance(codes, dict) else [],
+        "error_codes": [(worker, code) for worker, code in sorted(codes.items()) if isinstance(code, int)][:MAX_ANSWERS]
+        if isinstance(codes, dict)
+        else [],
         "event": event,
         "followed": followed,
     }
@@ -185,12 +188,12 @@ def read_instances(stats: Outcome, workers: Sequence[Worker]) -> list[Instance]:
     return sorted(instances, key=lambda instance: instance.name)
 
 
-def read_known(found: object) -> list[dict[str, object]]:
+def read_known(found: object, most: int) -> list[dict[str, object]]:
     """Of an answer of `/lookup`: each instance that knows something, where, and how many tokens; the most first."""
     rows = []
     for name, it in list(found.items())[:MAX_ANSWERS] if isinstance(found, dict) else ():
         if isinstance(it, list) and len(it) == 2 and isinstance(it[1], int):
-            rows.append({"instance": str(name), "location": str(it[0]), "tokens": it[1]})
+            rows.append({"instance": str(name), "location": str(it[0]), "tokens": min(max(it[1], 0), most)})
     return sorted(rows, key=lambda row: -int(str(row["tokens"])))
 
 
