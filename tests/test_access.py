@@ -154,6 +154,23 @@ class TestOfAFrontend:
         assert (await status(frontend.client, "GET", "/health", wrong))[0] == 200
         assert (await status(frontend.client, "GET", "/api/nodes", CALLERS["operator"]))[0] == 200
 
+    async def test_a_wrong_token_is_told_of_what_is_proxied_too(self, frontend_server: StartFrontend) -> None:
+        nodes = [{"name": "w", "host": "127.0.0.1", "port": free_port()}]
+        frontend = await frontend_server(nodes=nodes, token=SECRETS["admin"])
+        wrong = {"X-Forwarded-For": "10.0.0.8"}
+        for method in ("GET", "POST"):  # they have a server each
+            wrong["Authorization"] = f"Bearer no-such-token-{method}"
+            found, said = await status(frontend.client, method, "/proxy2/w/version", wrong)
+            assert found == 401
+            assert b"none that this server knows; it knows those of --token (LMCACHE_FRONTEND_TOKEN)" in said
+        for number in range(MAX_FAILURES):
+            wrong["Authorization"] += str(number)
+            await status(frontend.client, "GET", "/proxy2/w/version", wrong)
+        for method in ("GET", "POST"):
+            right = {**wrong, "Authorization": f"Bearer {SECRETS['admin']}"}
+            found, said = await status(frontend.client, method, "/proxy2/w/version", right)
+            assert (found, b"too many wrong tokens from 10.0.0.8" in said) == (429, True)
+
 
 async def test_its_token_stays_with_the_frontend(frontend_server: StartFrontend, token_file: str) -> None:
     seen: list[Any] = []
