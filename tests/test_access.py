@@ -258,7 +258,17 @@ class TestTokens:
         known = Tokens(None, str(path), place="here")
         assert [await known.find(it) is not None for it in SECRETS.values()] == [True, False, False]
         assert len(caplog.records) == 6
+        assert "line 2: role: expected one of viewer, operator, admin, found 'root'" in caplog.text
         assert [f"line {number}" in caplog.text for number in range(1, 8)] == [False] + [True] * 6
+
+    @pytest.mark.parametrize("content", ["", "tokens: []", "tokns: [a]", "tokens: [a]"])
+    def test_a_file_of_which_nothing_counts_is_told(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+    ) -> None:
+        path = tmp_path / "tokens"
+        path.write_text(content)
+        Tokens(None, str(path), place="here")
+        assert f"{path}: no token in it can be used; expected tokens: with a list of" in caplog.text
 
     @pytest.mark.parametrize("content", [None, "tokens: 5", "- a\n- b", "tokens: [", "\x00"])
     def test_a_file_that_is_none_stops_the_start(self, tmp_path: Path, content: str | None) -> None:
@@ -501,6 +511,7 @@ class TestSignIn:
         for host, options, made in (
             ("0.0.0.0", {}, True),
             ("127.0.0.1", {}, False),
+            ("127.0.0.1", {"no_trust_local": True}, True),  # else nobody could change anything
             ("0.0.0.0", {"no_auth": True}, False),
             ("0.0.0.0", {"token": SECRETS["admin"]}, False),
         ):
