@@ -154,6 +154,23 @@ class TestOfAFrontend:
         assert (await status(frontend.client, "GET", "/health", wrong))[0] == 200
         assert (await status(frontend.client, "GET", "/api/nodes", CALLERS["operator"]))[0] == 200
 
+    async def test_a_wrong_token_is_told_of_what_is_proxied_too(self, frontend_server: StartFrontend) -> None:
+        nodes = [{"name": "w", "host": "127.0.0.1", "port": free_port()}]
+        frontend = await frontend_server(nodes=nodes, token=SECRETS["admin"])
+        wrong = {"X-Forwarded-For": "10.0.0.8"}
+        for method in ("GET", "POST"):  # they have a server each
+            wrong["Authorization"] = f"Bearer no-such-token-{method}"
+            found, said = await status(frontend.client, method, "/proxy2/w/version", wrong)
+            assert found == 401
+            assert b"none that this server knows; it knows those of --token (LMCACHE_FRONTEND_TOKEN)" in said
+        for number in range(MAX_FAILURES):
+            wrong["Authorization"] += str(number)
+            await status(frontend.client, "GET", "/proxy2/w/version", wrong)
+        for method in ("GET", "POST"):
+            right = {**wrong, "Authorization": f"Bearer {SECRETS['admin']}"}
+            found, said = await status(frontend.client, method, "/proxy2/w/version", right)
+            assert (found, b"too many wrong tokens from 10.0.0.8" in said) == (429, True)
+
 
 async def test_its_token_stays_with_the_frontend(frontend_server: StartFrontend, token_file: str) -> None:
     seen: list[Any] = []
@@ -241,7 +258,17 @@ class TestTokens:
         known = Tokens(None, str(path), place="here")
         assert [await known.find(it) is not None for it in SECRETS.values()] == [True, False, False]
         assert len(caplog.records) == 6
+        assert "line 2: role: expected one of viewer, operator, admin, found 'root'" in caplog.text
         assert [f"line {number}" in caplog.text for number in range(1, 8)] == [False] + [True] * 6
+
+    @pytest.mark.parametrize("content", ["", "tokens: []", "tokns: [a]", "tokens: [a]"])
+    def test_a_file_of_which_nothing_counts_is_told(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+    ) -> None:
+        path = tmp_path / "tokens"
+        path.write_text(content)
+        Tokens(None, str(path), place="here")
+        assert f"{path}: no token in it can be used; expected tokens: with a list of" in caplog.text
 
     @pytest.mark.parametrize("content", [None, "tokens: 5", "- a\n- b", "tokens: [", "\x00"])
     def test_a_file_that_is_none_stops_the_start(self, tmp_path: Path, content: str | None) -> None:
@@ -484,6 +511,7 @@ class TestSignIn:
         for host, options, made in (
             ("0.0.0.0", {}, True),
             ("127.0.0.1", {}, False),
+            ("127.0.0.1", {"no_trust_local": True}, True),  # else nobody could change anything
             ("0.0.0.0", {"no_auth": True}, False),
             ("0.0.0.0", {"token": SECRETS["admin"]}, False),
         ):

@@ -73,6 +73,7 @@ def test_who_signs_in_needs_no_javascript(browser: Browser) -> None:
             opened = page.goto(f"{url}/")
             assert opened is not None
             assert (opened.status, page.url) == (200, f"{url}/sign-in")  # a page that needs a token leads there
+            assert page.get_by_text("the one in the URL that the frontend printed when it started").is_visible()
             page.fill("input[name=token]", "a-wrong-token")
             page.click("button:text-is('Sign in')")
             assert "none that this server knows" in page.inner_text("main [role=alert]")

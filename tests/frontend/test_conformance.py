@@ -660,6 +660,7 @@ async def test_a_target_that_keeps_failing_is_skipped_for_a_moment(
     status, text = await ask()
     assert status == 503
     assert f"127.0.0.1:{port} is skipped for a moment after 5 failures: Failed to connect" in text
+    assert ": Connection refused" in text
     await asyncio.sleep(0.35)
     assert [(await ask())[0] for _ in range(3)] == [502, 503, 503]  # one tries, the others are refused
     server = await asyncio.start_server(answering(OK), "127.0.0.1", port)

@@ -366,10 +366,10 @@ async def test_nobody_there_is_a_502(frontend_server: StartFrontend, tmp_path: P
     ]
     frontend = await frontend_for(frontend_server, *nodes)
     async with frontend.client.get("/proxy2/tcp/") as response:
-        detail = {"detail": f"Failed to connect to target service 127.0.0.1:{port}"}
+        detail = {"detail": f"Failed to connect to target service 127.0.0.1:{port}", "reason": "Connection refused"}
         assert (response.status, await response.json()) == (502, detail)
     async with frontend.client.get("/proxy2/unix/") as response:
-        detail = {"detail": f"Failed to connect to socket: {tmp_path}/s"}
+        detail = {"detail": f"Failed to connect to socket: {tmp_path}/s", "reason": "No such file or directory"}
         assert (response.status, await response.json()) == (502, detail)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -137,9 +138,16 @@ class Transport(Protocol):
         """Close every connection."""
 
 
-def not_reached(address: Address) -> Refusal:
+def not_reached(address: Address, error: OSError | None = None) -> Refusal:
+    """LMCache's words as `detail`, and what the system says as `reason`."""
     kind = "target service" if isinstance(address, TcpAddress) else "socket:"
-    return Refusal(502, f"Failed to connect to {kind} {address}")
+    return Refusal(502, f"Failed to connect to {kind} {address}", reason=None if error is None else _why(error))
+
+
+def _why(error: OSError) -> str:
+    number = error.errno or 0
+    text = os.strerror(number) if number > 0 else error.strerror or str(error) or type(error).__name__
+    return " ".join(text.split())[: limits.MAX_REASON_LENGTH]
 
 
 def timed_out(address: Address) -> Refusal:

@@ -178,8 +178,8 @@ class NativeTransport:
             connection = await connect(self.address, lambda: _Connection(self.address, self._left, self._said), seconds)
         except asyncio.TimeoutError:
             raise self._breaker.failed(timed_out(self.address)) from None
-        except OSError:
-            raise self._breaker.failed(not_reached(self.address)) from None
+        except OSError as error:
+            raise self._breaker.failed(not_reached(self.address, error)) from None
         except BaseException:
             self._breaker.gave_up()
             raise

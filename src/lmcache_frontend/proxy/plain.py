@@ -87,8 +87,8 @@ class PlainTransport:
             raise (overloaded(self.address) if full else self._breaker.failed(timed_out(self.address))) from None
         except asyncio.TimeoutError:
             raise timed_out(self.address) from None
-        except aiohttp.ClientConnectorError:
-            raise self._breaker.failed(not_reached(self.address)) from None
+        except aiohttp.ClientConnectorError as error:
+            raise self._breaker.failed(not_reached(self.address, error.os_error)) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise (broken.result() if broken.done() else no_answer(reason(error))) from None
         finally:

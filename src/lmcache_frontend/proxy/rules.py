@@ -15,11 +15,8 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from aiohttp import web
-
 from lmcache_shared.address import TcpAddress, UnixAddress, without_brackets
 from lmcache_shared.errors import ConfigError, Refusal
-from lmcache_shared.responses import json_response
 
 Number = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -52,11 +49,7 @@ class NotAllowed(Refusal):
     """A target that is not allowed: LMCache's words as `detail`, and the way out as `reason`."""
 
     def __init__(self, detail: str, reason: str) -> None:
-        super().__init__(403, detail)
-        self.reason = reason
-
-    def response(self) -> web.Response:
-        return json_response({"detail": self.detail, "reason": self.reason}, status=self.status)
+        super().__init__(403, detail, reason=reason)
 
 
 @dataclass(frozen=True)

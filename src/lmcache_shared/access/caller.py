@@ -15,6 +15,7 @@ from multidict import CIMultiDictProxy
 from lmcache_shared.access.asking import Asking
 from lmcache_shared.access.roles import Role
 from lmcache_shared.address import is_loopback_host
+from lmcache_shared.errors import Refusal
 
 FRONTEND_VIA = "1.1 lmcache-frontend"
 """What a frontend of this project adds to `Via`."""
@@ -35,11 +36,13 @@ class Caller:
 
     Attributes:
         by_token: a token said so; it is for this server and goes on to no other.
+        refusal: why it is nobody: what was shown is no token. What needs a role is refused by it.
     """
 
     name: str
     role: Role
     by_token: bool = False
+    refusal: Refusal | None = None
 
 
 def is_local_caller(request: Asking, *, through_frontends: bool = False) -> bool:

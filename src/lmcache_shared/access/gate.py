@@ -109,18 +109,23 @@ class Gate:
         if found is None:
             if self._attempts.failed(address, token):
                 logger.warning("a wrong token from %s", address)
-            raise Refusal(401, "the token of this request is none that this server knows", _CHALLENGE)
+            names = self._names
+            known = f"it knows those of {names.token} and {names.token_file}"
+            raise Refusal(401, f"the token of this request is none that this server knows; {known}", _CHALLENGE)
         return found
 
     def require(self, request: Asking, role: Role) -> None:
         """Raises:
         Refusal: 401 for who may show a token, 403 for whose token is not enough; the text names the way out.
+            401 or 429 as of `caller` for a token that is none.
         """
         caller = caller_of(request)
         if role >= Role.OPERATOR and not followed_here(request):
             raise Refusal(403, "a link on another site led here; it may show, and change or reveal nothing")
         if caller.role >= role:
             return
+        if caller.refusal is not None:
+            raise caller.refusal
         asked = f"{request.method} {request.path[:200]} needs the role {role.title}"
         if caller.by_token:
             raise Refusal(403, f"{asked}, and the token of {caller.name!r} has the role {caller.role.title}")
@@ -155,10 +160,10 @@ async def admitted(request: R, handler: HandlerOf[R]) -> web.StreamResponse:
     role = needed(request)
     try:
         request[CALLER] = await gate.caller(request)
-    except Refusal:
+    except Refusal as refusal:
         if role > Role.NOBODY:
             raise
-        request[CALLER] = Caller("anonymous", Role.NOBODY)
+        request[CALLER] = Caller("anonymous", Role.NOBODY, refusal=refusal)  # what is proxied is judged later
     try:
         gate.require(request, role)
         response = await handler(request)
