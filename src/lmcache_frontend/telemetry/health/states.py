@@ -43,7 +43,7 @@ class NodeHealth:
 
     `since` is when its state began, `checked` when it was asked last, `successes` and `failures` count those in a row
     until now. `problem` is why it is not up, why the last check of a node that still counts as up failed, or what is
-    wrong with its answer. `version`, `role`, `model` and `instance` are the last known ones, also of a node that is down.
+    wrong with its answer. `version`, `role`, `model` and `instance` are the last known ones, also of one that is down.
     """
 
     node: Node
