@@ -123,6 +123,22 @@ async def test_a_node_judges_by_itself_what_the_frontend_does_not_know(
     frontend = await frontend_server(nodes=[{**worker.node, "name": "w"}], token_file=token_file)
     found = {it: (await status(frontend.client, "GET", "/proxy2/w/secrets", CALLERS[it]))[0] for it in CALLERS}
     assert found == {"local": 200, "anonymous": 401, "viewer": 401, "operator": 401, "admin": 200}
+    untrusting = await frontend_server(
+        nodes=[{**worker.node, "name": "w"}], no_trust_local=True, token=SECRETS["admin"]
+    )
+    before = {"name": "f", "host": "127.0.0.1", "port": frontend.server.address.port, "nodes": []}
+    outer = await frontend_server(nodes=[before])
+    passed_on = {"Host": "ops.example.com"}  # as by a proxy on this machine that adds nothing
+    hidden = {**passed_on, "X-Real-IP": "10.0.0.9", "Connection": "X-Real-IP, X-Forwarded-For, Via"}
+    for client, path, headers, expected in (
+        (frontend.client, "/proxy2/w", passed_on, 401),
+        (frontend.client, "/proxy2/w", hidden, 401),
+        (untrusting.client, "/proxy2/w", {}, 401),
+        (untrusting.client, "/proxy2/w", {"Authorization": f"Bearer {SECRETS['admin']}"}, 200),
+        (outer.client, "/proxy2/f/proxy2/w", {}, 200),
+        (outer.client, "/proxy2/f/proxy2/w", passed_on, 401),
+    ):
+        assert (await status(client, "GET", f"{path}/secrets", headers))[0] == expected, (path, headers)
 
 
 class TestOfAFrontend:
@@ -416,6 +432,32 @@ async def test_a_link_on_another_site_changes_nothing(api_server: StartApi, fron
     for path, found in (("/loglevel", 200), ("/loglevel?logger_name=a&level=info", 403), ("/env", 403)):
         assert (await status(worker.client, "GET", path, followed))[0] == found
         assert (await status(frontend.client, "GET", "/proxy2/w" + path, followed))[0] == found
+
+
+async def test_a_link_on_another_site_changes_nothing_that_the_frontend_does_not_know(
+    api_server: StartApi, frontend_server: StartFrontend, tmp_path: Path
+) -> None:
+    (tmp_path / "own_api.py").write_text(
+        "from aiohttp import web\n"
+        "from lmcache_shared.access.roles import Role, needs\n"
+        "router = web.RouteTableDef()\n"
+        '@router.get("/own")\n@needs(Role.OPERATOR)\nasync def own(request):\n    return web.Response()\n'
+    )
+    trusting = await api_server(internal_api_server_route_folders=[str(tmp_path)])
+    asking = await api_server(
+        worker_id=1,
+        internal_api_server_route_folders=[str(tmp_path)],
+        internal_api_server_trust_local=False,
+        internal_api_server_token=SECRETS["admin"],
+    )
+    nodes = [{**trusting.node, "name": "w"}, {**asking.node, "name": "v", "token": SECRETS["admin"]}]
+    inner = await frontend_server(nodes=nodes)
+    rack = {"name": "rack", "host": "127.0.0.1", "port": inner.server.address.port, "nodes": []}
+    frontend = await frontend_server(nodes=[*nodes, rack])
+    for path in ("/proxy2/w/own", "/proxy2/v/own", "/proxy2/rack/proxy2/w/own", "/proxy2/rack/proxy2/v/own"):
+        for followed, expected in (("none", 200), ("same-origin", 200), ("same-site", 403), ("cross-site", 403)):
+            headers = {"Sec-Fetch-Site": followed, "Sec-Fetch-Mode": "navigate"}
+            assert (await status(frontend.client, "GET", path, headers))[0] == expected, (path, followed)
 
 
 class TestSignIn:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from lmcache_frontend.proxy.exchange import Fields, Proxying
 from lmcache_frontend.proxy.target import ProxiedPath
 from lmcache_shared.access.asking import Asking
-from lmcache_shared.access.caller import COOKIE_PREFIX, FRONTEND_VIA, SPEAKING_FOR_OTHERS
+from lmcache_shared.access.browser import followed_here
+from lmcache_shared.access.caller import COOKIE_PREFIX, FRONTEND_VIA, SPEAKING_FOR_OTHERS, UNKNOWN, are_here
 from lmcache_shared.address import Address, TcpAddress
 from lmcache_shared.errors import Refusal
 
@@ -84,6 +85,10 @@ _COOKIE_PATH = re.compile(rb"(;[ \t]*path[ \t]*=[ \t]*)(/[^;]*)", re.IGNORECASE)
 
 
 _VIA = FRONTEND_VIA.encode()
+_UNKNOWN = UNKNOWN.encode()
+
+_FOLLOWED_A_LINK = ((b"Sec-Fetch-Site", b"cross-site"), (b"Sec-Fetch-Mode", b"navigate"))
+"""For the target, which may change something where the frontend knows of nothing."""
 
 MAX_FRONTENDS = 12
 """A request that has passed more frontends goes in a circle."""
@@ -97,12 +102,14 @@ class Introduction:
 
     Attributes:
         is_vouched_for: nothing names the caller; `Via` alone shows that somebody else asks.
+        is_here: it is on this machine. Any other is named so that nobody takes it for one that is.
         authorization: what stands in place of the caller's own `Authorization`, which `hides_authorization` takes out
             in any case: it was for this frontend.
         cookie: the name of the cookie of who has signed in here.
     """
 
     is_vouched_for: bool = False
+    is_here: bool = False
     hides_authorization: bool = False
     authorization: bytes | None = dataclasses.field(default=None, repr=False)
     cookie: bytes = b""
@@ -140,6 +147,10 @@ def request_fields(request: Proxying, prefix: str, caller: Introduction) -> list
         host = _first(own, b"x-forwarded-host") or _first(own, b"host")
         proto = _first(own, b"x-forwarded-proto") or b"http"
         path = _first(own, b"x-forwarded-prefix").rstrip(b"/") + path
+    if not caller.is_here and (not peer or are_here(peer.decode("utf-8", "surrogateescape").split(","))):
+        peer = b"%b, %b" % (_UNKNOWN, peer) if peer else _UNKNOWN
+    if not followed_here(request):
+        fields += _FOLLOWED_A_LINK
     if caller.is_vouched_for:
         fields = [field for field in fields if field[0].lower() not in _NAMING]
         via = b", ".join([_VIA] * via.count(_VIA))

@@ -80,7 +80,9 @@ class Gate:
         if self._no_auth or is_local:
             known = None if token is None else await self._tokens.find(token)
             name = "local" if is_local else "anybody"
-            return Caller(name if known is None else known.name, Role.ADMIN, by_token=known is not None)
+            return Caller(
+                name if known is None else known.name, Role.ADMIN, by_token=known is not None, is_here=is_local
+            )
         if token is not None:
             return await self.holder(request, token)
         return await self._signed_in(request) or Caller("anonymous", self._otherwise)
