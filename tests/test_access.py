@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,20 @@ class TestOfAFrontend:
         assert (await status(frontend.client, "GET", "/health", wrong))[0] == 200
         assert (await status(frontend.client, "GET", "/api/nodes", CALLERS["operator"]))[0] == 200
 
+    async def test_who_guesses_keeps_nobody_of_his_address_out(self, frontend: RunningFrontend) -> None:
+        away = {"X-Forwarded-For": "10.0.0.8"}
+        cookie = f"lmcache_frontend_{frontend.server.address.port}"
+        shown = {it: {**away, "Authorization": f"Bearer {SECRETS[it]}"} for it in SECRETS}
+        signed_in = {it: {**away, "Cookie": f"{cookie}={SECRETS[it]}"} for it in SECRETS}
+        for known in (shown, signed_in):
+            assert (await status(frontend.client, "DELETE", "/api/nodes/x", known["operator"]))[0] == 404
+        for number in range(MAX_FAILURES):
+            await status(frontend.client, "GET", "/api/nodes", {**away, "Authorization": f"Bearer wrong-{number}"})
+            await status(frontend.client, "GET", "/api/nodes", {**away, "Cookie": f"{cookie}=wrong-{number}"})
+        for known, refused in ((shown, 429), (signed_in, 401)):
+            assert (await status(frontend.client, "DELETE", "/api/nodes/x", known["operator"]))[0] == 404
+            assert (await status(frontend.client, "DELETE", "/api/nodes/x", known["admin"]))[0] == refused
+
 
 async def test_its_token_stays_with_the_frontend(frontend_server: StartFrontend, token_file: str) -> None:
     seen: list[Any] = []
@@ -281,8 +297,13 @@ def test_attempts_are_bounded() -> None:
     for number in range(MAX_FAILURES):
         assert attempts.failed(f"2001:db8::{number}", f"{number}")
         assert not attempts.failed(f"2001:db8::{number}", f"{number}")
-    assert attempts.wait_seconds("2001:db8::ffff") > 0
-    assert attempts.wait_seconds("2001:db8:0:1::1") == 0
+    assert attempts.wait_seconds("2001:db8::ffff", "x") > 0
+    assert attempts.wait_seconds("2001:db8:0:1::1", "x") == 0
+    for number in range(MAX_ADDRESSES + 10):
+        attempts.was_right("2001:db8::1", f"right {number}")
+    assert len(attempts._right) == MAX_ADDRESSES
+    assert attempts.wait_seconds("2001:db8::2", f"right {number}") == 0
+    assert attempts.wait_seconds("2001:db8:0:1::1", "right 0") == 0
 
 
 class TestANodesToken:
@@ -419,6 +440,24 @@ class TestTheAuditLog:
             await asyncio.sleep(0.02)
         await log.close()
         assert caplog.text.count("cannot be written: No such file or directory; changes go on") == 1
+
+    def test_half_a_line_on_a_full_disk_is_none(self, tmp_path: Path) -> None:
+        log = tmp_path / "audit"
+        program = (
+            "import asyncio, resource, sys\n"
+            "from lmcache_frontend.audit import AuditLog\n"
+            "async def main():\n"
+            "    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+            "    for number, room in enumerate((hard, 60, 50, hard)):\n"
+            "        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))\n"
+            "        log = AuditLog(sys.argv[1])\n"
+            "        log.start()\n"
+            "        await log.add({'number': number, 'text': 'x' * 20})\n"
+            "        await log.close()\n"
+            "asyncio.run(main())\n"
+        )
+        subprocess.run([sys.executable, "-c", program, str(log)], check=True, timeout=30)
+        assert [json.loads(line)["number"] for line in log.read_text().splitlines()] == [0, 3]
 
     def test_a_file_that_cannot_be_written_stops_the_start(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="--audit-log .*: cannot be written: Is a directory"):

@@ -108,8 +108,13 @@ class AuditLog:
                 if size and size + len(data) > self._max_bytes:
                     self._rotate()
                     continue
-                while data:
-                    data = data[os.write(handle, data) :]
+                try:
+                    while data:
+                        data = data[os.write(handle, data) :]
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(handle, size)  # half a line would spoil the next one
+                    raise
                 return
             finally:
                 os.close(handle)

@@ -185,10 +185,14 @@ def answer_fields(raw: Fields, wanted: ProxiedPath) -> list[tuple[bytes, bytes]]
     fields, own = _end_to_end(raw, _OF_AN_ANSWER, _REWRITTEN)
     if own:
         prefix, skipped = wanted.prefix.encode("utf-8", "surrogateescape"), wanted.skipped.encode()
+        is_root = wanted.path[len(wanted.skipped) :].partition("?")[0] == "/"
         for name, value in own:
             if name.lower() == b"set-cookie":
                 if not is_own_cookie(value):
-                    fields.append((name, _confined(value, prefix, skipped)))
+                    cookie = _confined(value, prefix, skipped)
+                    if is_root and not _names_path(cookie):
+                        cookie += b"; Path=%b/" % prefix  # by default it is for what lies beside the prefix too
+                    fields.append((name, cookie))
             else:
                 fields.append((name, _location(value, wanted.address, prefix, skipped)))
     return fields
@@ -212,6 +216,13 @@ def _confined(value: bytes, prefix: bytes, skipped: bytes) -> bytes:
     """A cookie for the target's paths under the frontend, and for no other host: `Domain` would name others."""
     value = _COOKIE_DOMAIN.sub(b"", value)
     return _COOKIE_PATH.sub(lambda found: found[1] + _cookie_path(found[2], prefix, skipped), value)
+
+
+def _names_path(cookie: bytes) -> bool:
+    """Whether it says for which paths it is (RFC 6265, section 5.2.4): the last `Path` counts, if it is one."""
+    attributes = [it.partition(b"=") for it in cookie.split(b";")[1:]]
+    paths = [value.strip(b" \t") for name, _, value in attributes if name.strip(b" \t").lower() == b"path"]
+    return bool(paths) and paths[-1].startswith(b"/")
 
 
 def _cookie_path(path: bytes, prefix: bytes, skipped: bytes) -> bytes:

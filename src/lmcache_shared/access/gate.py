@@ -91,11 +91,13 @@ class Gate:
         """Whose cookie it is. One whose token was taken back is no mistake of its browser's: it may look on."""
         value = request.cookies.get(self.cookie) if self.cookie is not None and self._tokens.configured else None
         address = seen_address(request)
-        if not value or self._cookie_attempts.wait_seconds(address):
+        if not value or self._cookie_attempts.wait_seconds(address, value):
             return None
         found = await self._tokens.find(unquote(value))
         if found is None:
             self._cookie_attempts.failed(address, value)
+        else:
+            self._cookie_attempts.was_right(address, value)
         return found
 
     async def holder(self, request: Asking, token: str) -> Caller:
@@ -105,13 +107,14 @@ class Gate:
             Refusal: 401 for one that is none, 429 after too many of them.
         """
         address = seen_address(request)
-        if seconds := self._attempts.wait_seconds(address):
+        if seconds := self._attempts.wait_seconds(address, token):
             raise Refusal(429, f"too many wrong tokens from {address}; wait", {"Retry-After": str(seconds)})
         found = await self._tokens.find(token)
         if found is None:
             if self._attempts.failed(address, token):
                 logger.warning("a wrong token from %s", address)
             raise Refusal(401, "the token of this request is none that this server knows", _CHALLENGE)
+        self._attempts.was_right(address, token)
         return found
 
     def require(self, request: Asking, role: Role) -> None:
