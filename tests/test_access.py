@@ -396,7 +396,7 @@ class TestTheAuditLog:
         for headers in CALLERS.values():
             for method, path in (("GET", "/version"), ("POST", "/metrics/reset"), ("GET", "/env?password=x")):
                 await status(frontend.client, method, "/proxy2/w" + path, headers)
-        await status(frontend.client, "DELETE", "/api/nodes/nobody", CALLERS["operator"])
+        await status(frontend.client, "DELETE", "/api/nodes/nobody?a=%2541&b=1&a=2&b", CALLERS["operator"])
         await status(frontend.client, "POST", "/nowhere", CALLERS["operator"])
         await frontend.server.stop()
         lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -412,6 +412,7 @@ class TestTheAuditLog:
             ("the operator", "operator", "", "DELETE", "/api/nodes/nobody", 404),
         ]
         assert lines[1]["query"] == {"password": "***"}
+        assert lines[-1]["query"] == {"a": "%41, 2", "b": "1, "}
         assert lines[2]["from"] == "10.0.0.9"
         assert all(it["ms"] > 0 and it["time"].endswith("+00:00") for it in lines)
         assert log.stat().st_mode & 0o777 == 0o600

@@ -15,6 +15,7 @@ import os
 import time
 from datetime import datetime, timezone
 from typing import Any
+from urllib.parse import parse_qsl
 
 from aiohttp import web
 
@@ -165,9 +166,17 @@ async def audited(request: R, handler: HandlerOf[R]) -> web.StreamResponse:
             await log.add(_line(request, str(node), status, time.monotonic() - began))
 
 
+def _parameters(query: str) -> dict[str, str]:
+    """Each with all its values: of repeated ones servers take the first or the last."""
+    found: dict[str, str] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        found[name] = f"{found[name]}, {value}" if name in found else value
+    return found
+
+
 def _line(request: Asking, node: str, status: int, seconds: float) -> dict[str, object]:
     caller = caller_of(request)
-    query = secrets.masked(dict(request.query)) if len(request.query_string) <= MAX_TEXT else {"...": "too long"}
+    path, _, query = request.raw_path.partition("?")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "who": caller.name,
@@ -175,8 +184,8 @@ def _line(request: Asking, node: str, status: int, seconds: float) -> dict[str, 
         "from": seen_address(request),
         "node": node,
         "method": request.method,
-        "path": request.raw_path.partition("?")[0][:MAX_TEXT],
-        "query": query,
+        "path": path[:MAX_TEXT],
+        "query": secrets.masked(_parameters(query)) if len(query) <= MAX_TEXT else {"...": "too long"},
         "status": status,
         "ms": round(seconds * 1000, 3),
     }

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
+from lmcache_frontend.api.discovery_api import MAX_OF_ONE
 from lmcache_frontend.discovery import service as module
 from lmcache_frontend.discovery.heartbeat import Heartbeat
 from lmcache_frontend.discovery.service import DiscoveryService, Report, _report_of, _startup_time
@@ -281,6 +282,27 @@ async def test_who_may_report_whom(frontend_server: StartFrontend) -> None:
         )
         assert status == expected, (address, answer)
         assert expected == 200 or (f"--allow-target {address}" in answer["detail"] and "10.0.0.1" in answer["detail"])
+
+
+async def test_one_host_does_not_fill_the_room_of_all(frontend_server: StartFrontend) -> None:
+    frontend = await frontend_server(allow_target=["10.8.0.0/16:*"])
+
+    async def report(caller: str, address: str) -> int:
+        params = {**BEAT, "api_address": f"http://{address}"}
+        return (await ask(frontend, "/heartbeat", params=params, headers={"X-Forwarded-For": caller}))[0]
+
+    for port in range(MAX_OF_ONE):
+        assert await report("10.0.0.1", f"10.0.0.1:{8000 + port}") == 200
+        assert await report(f"fd00::{port + 1:x}", f"[fd00::{port + 1:x}]:8000") == 200
+        assert await report("10.8.0.1", f"10.8.0.1:{8000 + port}") == 200
+    for caller, address, expected in (
+        ("10.0.0.1", "10.0.0.1:9000", 403),
+        ("10.0.0.1", "10.0.0.1:8000", 200),
+        ("10.0.0.2", "10.0.0.2:9000", 200),
+        ("fd00::9000", "[fd00::9000]:8000", 403),
+        ("10.8.0.1", "10.8.0.1:9000", 200),
+    ):
+        assert await report(caller, address) == expected, address
 
 
 async def test_no_page_of_another_site_makes_a_proxy_known(frontend_server: StartFrontend) -> None:

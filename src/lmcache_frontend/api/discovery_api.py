@@ -13,6 +13,7 @@ from lmcache_frontend.discovery.service import KEEP_SECONDS, Beat, Full, Report
 from lmcache_frontend.nodes.found import MAX_FOUND, SCHEME, read_api_address
 from lmcache_frontend.nodes.stores import StoreAway
 from lmcache_frontend.proxy.rules import number_of
+from lmcache_shared.access.attempts import network_of
 from lmcache_shared.access.caller import is_local_caller, seen_address
 from lmcache_shared.access.gate import caller_of
 from lmcache_shared.access.roles import Role
@@ -22,6 +23,9 @@ from lmcache_shared.responses import json_response
 from lmcache_shared.schema import parse_query
 
 router = web.RouteTableDef()
+
+MAX_OF_ONE = 32
+"""Frontends that one host may report, so that it does not fill the room of all."""
 
 MAX_VERSION_LENGTH = 100
 MAX_OTHER_INFO_BYTES = 4096
@@ -138,14 +142,31 @@ def _refuse_reports_for_others(request: web.Request, where: TcpAddress) -> None:
         Refusal: 403.
     """
     caller, reported = seen_address(request), number_of(where.host)
-    is_itself = reported is not None and reported == number_of(caller)
-    if is_itself or caller_of(request).role >= Role.OPERATOR or request.app[POLICY].names(where):
+    if caller_of(request).role >= Role.OPERATOR or request.app[POLICY].names(where):
+        return
+    if reported is not None and reported == number_of(caller):
+        _refuse_many_of_one(request, where)
         return
     raise Refusal(
         403,
         f"api_address {where}: this heartbeat comes from {caller}, and may report that address alone; allow this one"
         f" with --allow-target {where}",
     )
+
+
+def _refuse_many_of_one(request: web.Request, where: TcpAddress) -> None:
+    """Raises:
+    Refusal: 403.
+    """
+    known, network = request.app[DISCOVERY].since(), network_of(where.host)
+    if f"{SCHEME}{where}" in known:
+        return
+    if sum(network_of(read_api_address(one).host) == network for one in known) >= MAX_OF_ONE:
+        raise Refusal(
+            403,
+            f"api_address {where}: {MAX_OF_ONE} frontends of this host are known already; allow more with"
+            f" --allow-target {where}",
+        )
 
 
 def _pid(text: str) -> int | None:

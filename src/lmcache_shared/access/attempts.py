@@ -31,7 +31,7 @@ class Attempts:
         """How long the address has to wait before it may try this token; 0 when it may."""
         if not self._failures:
             return 0
-        key = _network(address)
+        key = network_of(address)
         begun, wrong = self._failures.get(key, (0.0, set()))
         left = begun + WINDOW_SECONDS - time.monotonic()
         if len(wrong) < MAX_FAILURES or left <= 0 or (key, hash(token)) in self._right:
@@ -40,7 +40,7 @@ class Attempts:
 
     def was_right(self, address: str, token: str) -> None:
         """Remember it, until `MAX_ADDRESSES` others were right later."""
-        key = (_network(address), hash(token))
+        key = (network_of(address), hash(token))
         self._right[key] = None
         self._right.move_to_end(key)
         while len(self._right) > MAX_ADDRESSES:
@@ -48,7 +48,7 @@ class Attempts:
 
     def failed(self, address: str, token: str) -> bool:
         """Count a wrong token; whether it is another one than those before."""
-        key, now = _network(address), time.monotonic()
+        key, now = network_of(address), time.monotonic()
         begun, wrong = self._failures.pop(key, (now, set()))
         if now - begun > WINDOW_SECONDS:
             begun, wrong = now, set()
@@ -61,7 +61,8 @@ class Attempts:
         return is_new
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
+    """An address as one caller's; of an IPv6 one its network."""
     try:
         number = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
