@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime, timedelta
@@ -282,6 +283,40 @@ async def test_who_may_report_whom(frontend_server: StartFrontend) -> None:
         )
         assert status == expected, (address, answer)
         assert expected == 200 or (f"--allow-target {address}" in answer["detail"] and "10.0.0.1" in answer["detail"])
+
+
+async def test_a_name_of_the_sender_is_kept_as_its_address(
+    frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zone = {
+        "me.example": ["10.0.0.1", "fd00::1"],
+        "other.example": ["10.0.0.2"],
+        "metadata.example": ["169.254.169.254"],
+        "here.example": ["127.0.0.1"],
+    }
+    real = socket.getaddrinfo
+
+    def look_up(host: Any, port: Any, *args: Any, **more: Any) -> Any:
+        if host not in zone:
+            return real(host, port, *args, **more)
+        return [found for number in zone[host] for found in real(number, port, *args, **more)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    frontend = await frontend_server()
+    for caller, name, expected in (
+        ("10.0.0.1", "me.example", 200),
+        ("fd00::1", "me.example", 200),
+        ("10.0.0.1", "other.example", 403),
+        ("10.0.0.1", "metadata.example", 403),
+        ("127.0.0.1", "here.example", 403),
+        ("unknown", "me.example", 403),
+        ("10.0.0.1", "0x0a000001", 403),
+    ):
+        params = {**BEAT, "api_address": f"http://{name}:8000"}
+        status, answer = await ask(frontend, "/heartbeat", params=params, headers={"X-Forwarded-For": caller})
+        assert status == expected, (name, answer)
+    zone["me.example"] = ["169.254.169.254"]
+    assert set(frontend.server.cluster.discovery.since()) == {"http://10.0.0.1:8000", "http://[fd00::1]:8000"}
 
 
 async def test_one_host_does_not_fill_the_room_of_all(frontend_server: StartFrontend) -> None:
