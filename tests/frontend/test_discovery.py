@@ -319,6 +319,20 @@ async def test_a_name_of_the_sender_is_kept_as_its_address(
     assert set(frontend.server.cluster.discovery.since()) == {"http://10.0.0.1:8000", "http://[fd00::1]:8000"}
 
 
+async def test_nobody_reports_through_another_frontend(frontend_server: StartFrontend) -> None:
+    token = "the-token-of-an-admin"
+    service = await frontend_server(no_trust_local=True, token=token)
+    rack = {"name": "rack", "host": "127.0.0.1", "port": service.server.address.port, "nodes": [], "token": token}
+    outer = await frontend_server(nodes=[rack])
+    for headers in ({"X-Forwarded-For": "10.0.0.1"}, {}):
+        for address in ("10.0.0.2:80", "10.0.0.1:80", "127.0.0.1:80"):
+            status, answer = await ask(
+                outer, "/proxy2/rack/heartbeat", params={"api_address": f"http://{address}"}, headers=headers
+            )
+            assert status in (400, 403), answer
+    assert service.server.cluster.discovery.since() == {}
+
+
 async def test_one_host_does_not_fill_the_room_of_all(frontend_server: StartFrontend) -> None:
     frontend = await frontend_server(allow_target=["10.8.0.0/16:*"])
 

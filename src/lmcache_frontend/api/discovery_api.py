@@ -16,7 +16,7 @@ from lmcache_frontend.nodes.found import MAX_FOUND, SCHEME, read_api_address
 from lmcache_frontend.nodes.stores import StoreAway
 from lmcache_frontend.proxy.rules import Number, is_numeral, number_of
 from lmcache_shared.access.attempts import network_of
-from lmcache_shared.access.caller import is_local_caller, seen_address
+from lmcache_shared.access.caller import FRONTEND_VIA, is_local_caller, seen_address
 from lmcache_shared.access.gate import caller_of
 from lmcache_shared.access.roles import Role
 from lmcache_shared.address import TcpAddress
@@ -161,6 +161,8 @@ async def _allowed(request: web.Request, where: TcpAddress) -> TcpAddress:
     Raises:
         Refusal: 403.
     """
+    if any(FRONTEND_VIA in via for via in request.headers.getall("Via", ())):  # which may have shown its own token here
+        raise Refusal(403, f"api_address {where}: a frontend reports by itself, not through the proxy of another one")
     caller = seen_address(request)
     if caller_of(request).role >= Role.OPERATOR or request.app[POLICY].names(where):
         return where
