@@ -12,7 +12,8 @@ import pytest
 from aiohttp import web
 
 from lmcache_frontend import server
-from lmcache_frontend.proxy import fronted, limits, passing
+from lmcache_frontend.app import PATHS
+from lmcache_frontend.proxy import fronted, limits, passing, target
 from lmcache_frontend.proxy.front import MAX_PIPELINED_BYTES, Others
 from lmcache_frontend.proxy.head import MAX_HEAD_BYTES
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
@@ -394,6 +395,19 @@ async def test_answers_that_begin_alike_are_told_apart(frontend: RunningFrontend
         assert answer.count(b"Content-Length: ") == 1
     assert upstream.connections == 1
     writer.close()
+
+
+async def test_long_heads_of_answers_are_not_remembered(
+    frontend: RunningFrontend, upstream: Upstream, handed: list[bytes]
+) -> None:
+    for size, is_kept in ((100, True), (8000, False)):
+        upstream.answer = b"HTTP/1.1 200 OK\r\nX-A: %b\r\nContent-Length: 2\r\n\r\nok" % (b"x" * size)
+        path = f"/proxy2/upstream/{size}"
+        async with frontend.client.get(path) as response:
+            assert len(response.headers["X-A"]) == size
+        known = frontend.server._runner.app[PATHS].meant(target.by_name, "GET", path).known
+        assert (known._opening is not None) == is_kept
+    assert handed == []
 
 
 # -- ends

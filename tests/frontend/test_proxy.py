@@ -141,7 +141,7 @@ async def test_header_fields_of_a_request(frontend_server: StartFrontend) -> Non
             "Cookie: a=b",
             f"Host: 127.0.0.1:{upstream.port}",
             "Via: 1.0 first, 1.1 lmcache-frontend",
-            "X-Forwarded-For: 127.0.0.1",
+            "X-Forwarded-For: unknown, 127.0.0.1",  # `Via` shows somebody else
             "X-Forwarded-Host: localhost",
             "X-Forwarded-Prefix: /proxy2/upstream",
             "X-Forwarded-Proto: http",
@@ -170,8 +170,8 @@ async def test_header_fields_of_an_answer(frontend_server: StartFrontend) -> Non
             "Date: Thu, 01 Jan 1970 00:00:00 GMT",
             "HTTP/1.1 207 Odd Words",
             "Server: theirs",
-            "Set-Cookie: a=1",
-            "Set-Cookie: b=2",
+            "Set-Cookie: a=1; Path=/proxy2/upstream/",
+            "Set-Cookie: b=2; Path=/proxy2/upstream/",
             "X-Content-Type-Options: nosniff",
         ]
 

@@ -25,6 +25,9 @@ from lmcache_frontend.proxy.exchange import Answer, Fields, Proxying
 _SANDBOX = b"Content-Security-Policy: sandbox\r\nX-Content-Type-Options: nosniff\r\n"
 """A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing."""
 
+MAX_KNOWN_BYTES = 4096
+"""Of how an answer begins, for each of the paths that are remembered; a longer one is made anew."""
+
 KNOWN_SECONDS = 1.0
 """For so long an answer begins with the same `Date`, where the target tells none."""
 
@@ -81,6 +84,8 @@ class Known:
         return self._opening if time.monotonic() < self._until else None
 
     def remember(self, request: Proxying, answer: Answer, opening: Opening) -> None:
+        if len(opening.head) > MAX_KNOWN_BYTES:
+            return
         self._fields, self._opening = answer.fields, opening
         self._is_for = (request.version, request.keep_alive)
         self._until = time.monotonic() + KNOWN_SECONDS

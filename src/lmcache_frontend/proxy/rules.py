@@ -153,7 +153,7 @@ class Rules:
         networks = tuple(rule.network for rule in self.networks if address.port in rule.ports)
         if number is not None:
             return address if lies_in(number, networks) else None
-        if _is_numeral(address.host):
+        if is_numeral(address.host):
             return None
         hosts = self._hosts(address)
         if any(rule.is_exact for rule in hosts):
@@ -165,7 +165,7 @@ class Rules:
         """Whether a number lies in an allowed network, or a name is an allowed one, whatever it resolves to."""
         if number_of(address.host) is not None:
             return self.tcp(address) is not None
-        return not _is_numeral(address.host) and bool(self._hosts(address))
+        return not is_numeral(address.host) and bool(self._hosts(address))
 
     def _hosts(self, address: TcpAddress) -> list[HostRule]:
         name = address.host.lower().rstrip(".")
@@ -188,7 +188,7 @@ def number_of(host: str) -> Number | None:
     return mapped or number
 
 
-def _is_numeral(name: str) -> bool:
+def is_numeral(name: str) -> bool:
     """Whether a resolver may read a number into it: 2130706433, 0x7f000001, 127.1, 0177.0.0.1 (inet_aton(3))."""
     return _NUMERAL.fullmatch(name.rstrip(".").rpartition(".")[2]) is not None
 

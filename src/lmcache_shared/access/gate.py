@@ -80,7 +80,9 @@ class Gate:
         if self._no_auth or is_local:
             known = None if token is None else await self._tokens.find(token)
             name = "local" if is_local else "anybody"
-            return Caller(name if known is None else known.name, Role.ADMIN, by_token=known is not None)
+            return Caller(
+                name if known is None else known.name, Role.ADMIN, by_token=known is not None, is_here=is_local
+            )
         if token is not None:
             return await self.holder(request, token)
         return await self._signed_in(request) or Caller("anonymous", self._otherwise)
@@ -89,11 +91,13 @@ class Gate:
         """Whose cookie it is. One whose token was taken back is no mistake of its browser's: it may look on."""
         value = request.cookies.get(self.cookie) if self.cookie is not None and self._tokens.configured else None
         address = seen_address(request)
-        if not value or self._cookie_attempts.wait_seconds(address):
+        if not value or self._cookie_attempts.wait_seconds(address, value):
             return None
         found = await self._tokens.find(unquote(value))
         if found is None:
             self._cookie_attempts.failed(address, value)
+        else:
+            self._cookie_attempts.was_right(address, value)
         return found
 
     async def holder(self, request: Asking, token: str) -> Caller:
@@ -103,7 +107,7 @@ class Gate:
             Refusal: 401 for one that is none, 429 after too many of them.
         """
         address = seen_address(request)
-        if seconds := self._attempts.wait_seconds(address):
+        if seconds := self._attempts.wait_seconds(address, token):
             raise Refusal(429, f"too many wrong tokens from {address}; wait", {"Retry-After": str(seconds)})
         found = await self._tokens.find(token)
         if found is None:
@@ -112,6 +116,7 @@ class Gate:
             names = self._names
             known = f"it knows those of {names.token} and {names.token_file}"
             raise Refusal(401, f"the token of this request is none that this server knows; {known}", _CHALLENGE)
+        self._attempts.was_right(address, token)
         return found
 
     def require(self, request: Asking, role: Role) -> None:
