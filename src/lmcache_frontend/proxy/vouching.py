@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from lmcache_frontend.proxy.headers import Introduction
 from lmcache_shared.access.asking import Asking
-from lmcache_shared.access.caller import is_local_caller
 from lmcache_shared.access.gate import GATE, caller_of
 from lmcache_shared.access.roles import Role
 from lmcache_shared.access.table import Proxied
@@ -34,15 +33,12 @@ def introduction(request: Asking, asked: Proxied, token: str | None) -> Introduc
     is_settled = caller.role == Role.ADMIN or asked.known
     shown = token if is_settled else None
     needs_trust = asked.role >= Role.OPERATOR or not asked.known
+    cookie = request.app[GATE].cookie if "Cookie" in request.headers else None
     return Introduction(
         is_vouched_for=(
-            is_settled
-            and needs_trust
-            and shown is None
-            and caller.role >= Role.OPERATOR
-            and not is_local_caller(request, through_frontends=True)
+            is_settled and needs_trust and shown is None and caller.role >= Role.OPERATOR and not caller.is_here
         ),
         hides_authorization=caller.by_token,
         authorization=None if shown is None else f"Bearer {shown}".encode(),
-        cookie=(request.app[GATE].cookie or "").encode(),
+        cookie=b"" if cookie is None else cookie.encode(),
     )

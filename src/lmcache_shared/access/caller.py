@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from multidict import CIMultiDictProxy
 
@@ -35,11 +35,13 @@ class Caller:
 
     Attributes:
         by_token: a token said so; it is for this server and goes on to no other.
+        is_here: it is on this machine, also behind frontends on it.
     """
 
     name: str
     role: Role
     by_token: bool = False
+    is_here: bool = field(default=False, compare=False)
 
 
 def is_local_caller(request: Asking, *, through_frontends: bool = False) -> bool:
@@ -54,7 +56,7 @@ def is_local_caller(request: Asking, *, through_frontends: bool = False) -> bool
             and leave the field out. A caller that makes such fields up gains nothing that it would not have without.
     """
     headers = request.headers
-    hops = _listed(headers, "Via")
+    hops = _listed(headers, "Via") if "Via" in headers else []
     if hops and not (through_frontends and all(hop == FRONTEND_VIA for hop in hops)):
         return False
     for name in SPEAKING_FOR_OTHERS:
@@ -77,9 +79,8 @@ def _connects_from_here(request: Asking) -> bool:
     transport = request.transport
     if transport is None:
         return False
-    peer = transport.get_extra_info("peername")
-    if isinstance(peer, tuple):
-        return is_loopback_host(str(peer[0]))
+    if is_loopback_host(request.remote or ""):  # to ask the transport is a system call
+        return True
     sock = transport.get_extra_info("socket")
     return sock is not None and sock.family == socket.AF_UNIX
 

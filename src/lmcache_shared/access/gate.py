@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,6 +23,9 @@ CALLER: Any = web.RequestKey("caller", Caller) if hasattr(web, "RequestKey") els
 """Under this key a request carries its `Caller`; aiohttp before 3.14 knows texts alone."""
 
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="lmcache"'}
+
+
+_LOCAL = Caller("local", Role.ADMIN, is_here=True)
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,18 @@ class Gate:
             Refusal: 401 for a token that is none, 429 after too many of them.
         """
         token = bearer_token(request) if self._tokens.configured else None
-        is_local = self._trust_local and is_local_caller(request, through_frontends=True)
+        is_here = is_local_caller(request, through_frontends=True)
+        is_local = self._trust_local and is_here
         if self._no_auth or is_local:
             known = None if token is None else await self._tokens.find(token)
-            name = "local" if is_local else "anybody"
-            return Caller(name if known is None else known.name, Role.ADMIN, by_token=known is not None)
+            if known is None:
+                return _LOCAL if is_local else Caller("anybody", Role.ADMIN, is_here=is_here)
+            return Caller(known.name, Role.ADMIN, by_token=True, is_here=is_here)
         if token is not None:
-            return await self.holder(request, token)
-        return await self._signed_in(request) or Caller("anonymous", self._otherwise)
+            found = await self.holder(request, token)
+        else:
+            found = await self._signed_in(request) or Caller("anonymous", self._otherwise)
+        return replace(found, is_here=True) if is_here else found
 
     async def _signed_in(self, request: Asking) -> Caller | None:
         """Whose cookie it is. One whose token was taken back is no mistake of its browser's: it may look on."""
