@@ -30,7 +30,7 @@ from typing import Any
 import harness
 import soak_host
 import uvloop
-from proxy import free_port as free_port
+from proxy import free_port
 
 HERE = Path(__file__).parent
 LIBRARIES = ("lmcache-ops", "aiohttp", "uvloop", "httptools")
