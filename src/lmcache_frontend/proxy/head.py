@@ -15,10 +15,6 @@ MAX_HEAD_BYTES = 8190
 
 MAX_FIELDS = 100
 
-MAX_HEADS = 512
-MAX_REMEMBERED_BYTES = 1024
-"""Heads of up to so many bytes are remembered, so many at most: who polls sends the same one each time."""
-
 Fields = tuple[tuple[bytes, bytes], ...]
 
 _PROXIED = re.compile(rb"/proxy(?:/[^/{}?#]+/|2/)[^/{}?#]+(?:/[^?#]*)?(?:\?[^#]*)?")
@@ -46,7 +42,7 @@ _NO_QUERY: MultiDictProxy[str] = MultiDictProxy(MultiDict())
 
 
 class Head:
-    """What a head says; the same for each request that has the same bytes.
+    """What a head says.
 
     Attributes:
         is_named: the path begins with `/proxy2/`.
@@ -59,8 +55,9 @@ class Head:
         self.keep_alive = keep_alive
         self.raw_headers = fields
         self.is_named = path.startswith("/proxy2/")
-        texts = [(name.decode("ascii"), value.decode("utf-8", "surrogateescape")) for name, value in fields]
-        self.headers = CIMultiDictProxy(CIMultiDict(texts))
+        self.headers = CIMultiDictProxy(
+            CIMultiDict([(name.decode("ascii"), value.decode("utf-8", "surrogateescape")) for name, value in fields])
+        )
 
     @cached_property
     def url(self) -> URL:
@@ -76,7 +73,6 @@ class Heads:
     """Reads heads, with one parser: each is fed whole."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, Head] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -88,18 +84,6 @@ class Heads:
         self._fields: list[tuple[bytes, bytes]] = []
         self._is_whole = self._keep_alive = False
 
-    def read(self, data: bytes) -> Head | None:
-        """What a whole head says, its empty line included; nothing if the front does not serve such a request."""
-        known = self._known.get(data)
-        if known is not None:
-            return known
-        head = self._read(data)
-        if head is not None and len(data) <= MAX_REMEMBERED_BYTES:
-            if len(self._known) >= MAX_HEADS:
-                self._known.clear()
-            self._known[data] = head
-        return head
-
     def may_become_one(self, data: bytes) -> bool:
         """Whether what came of a head is HTTP up to here."""
         self._begin()
@@ -107,7 +91,8 @@ class Heads:
         self._begin()
         return may
 
-    def _read(self, data: bytes) -> Head | None:
+    def read(self, data: bytes) -> Head | None:
+        """What a whole head says, its empty line included; nothing if the front does not serve such a request."""
         if len(data) > MAX_HEAD_BYTES:
             return None
         self._next()

@@ -12,7 +12,7 @@ import math
 import select
 from collections import deque
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import httptools
 
@@ -24,6 +24,7 @@ from lmcache_frontend.proxy.exchange import (
     BrokenOff,
     Fields,
     Interim,
+    Opening,
     Outgoing,
     Tunnel,
     no_answer,
@@ -90,7 +91,7 @@ class NativeTransport:
             # The target may hang up on a kept one in this very moment, and nobody would know whether it has acted:
             # what cannot be sent again goes over a new one, in the place of that.
             self._idle.pop().abort()
-        connection = (self._reused() if may_retry else None) or await self._new()
+        connection = (self._reused() if may_retry else None) or await self._new(may_retry)
         while True:
             is_reused = connection.is_reused
             try:
@@ -99,7 +100,7 @@ class NativeTransport:
             except _Stale as stale:
                 connection.release()
                 if stale.is_unsent:
-                    connection = (self._reused() if may_retry else None) or await self._new()
+                    connection = (self._reused() if may_retry else None) or await self._new(may_retry)
                     continue
                 if not (is_reused and may_retry):
                     raise no_answer("it hangs up without an answer") from None
@@ -107,7 +108,7 @@ class NativeTransport:
             except BaseException:
                 connection.release()
                 raise
-            connection = await self._new()
+            connection = await self._new(may_be_kept=False)
 
     async def close(self) -> None:
         self._closed = True
@@ -145,14 +146,16 @@ class NativeTransport:
             connection.abort()
         return None
 
-    async def _new(self) -> _Connection:
-        """A new connection, or one that another request has done with while this one stood in line."""
+    async def _new(self, may_be_kept: bool) -> _Connection:
+        """A new connection, or, if it may, one that another request has done with while this one stood in line."""
         loop = asyncio.get_running_loop()
         until = loop.time() + limits.CONNECT_SECONDS
         if self._waiting or len(self._busy) + self._connecting >= limits.CONNECTIONS_PER_TARGET:
             given = await self._stand_in_line()
             if given is not None:
-                return given
+                if may_be_kept:
+                    return given
+                self._replace(given)
         else:
             self._connecting += 1
         connection = None
@@ -215,6 +218,15 @@ class NativeTransport:
         else:
             self._connecting -= 1
             self._give_way()
+
+    def _replace(self, given: _Connection) -> None:
+        """Give up a connection for one that is being made."""
+        self._connecting += 1
+        self._busy.discard(given)
+        if given.counts:
+            given.counts = False
+            self._room.taken -= 1
+        given.abort()
 
     def _left(self, connection: _Connection) -> None:
         """A connection has done its work, or is lost."""
@@ -281,6 +293,7 @@ class Said:
         self.status = 0
         self.reason = b""
         self.fields: Fields = ()
+        self.openings: dict[Any, Opening] = {}
         self.length = 0
 
     def begins(self, data: bytes) -> bool:
@@ -292,6 +305,7 @@ class Said:
         if data.startswith(b"HTTP/1.1 2") and len(data) == end + length and end <= MAX_REMEMBERED_BYTES:
             self.head, self.length = data[:end], length
             self.status, self.reason, self.fields = answer.status, answer.reason, answer.fields
+            self.openings = answer.openings
 
 
 class _Connection(asyncio.Protocol):
@@ -304,6 +318,7 @@ class _Connection(asyncio.Protocol):
         self.status = 0
         self.reason = b""
         self.fields: Fields = ()
+        self.openings: dict[Any, Opening] = {}
         self._fields: list[tuple[bytes, bytes]] = []
         self._address = address
         self._left = left
@@ -507,7 +522,7 @@ class _Connection(asyncio.Protocol):
             self._keep = False  # nobody asked
             self.abort()
             self._wake()
-        elif self._said.begins(data) and not self._received and self._method == "GET":
+        elif not self._has_head and not self._received and self._method == "GET" and self._said.begins(data):
             self._take_known(self._said, data)
         else:
             self._read(self._parser, data)
@@ -537,6 +552,7 @@ class _Connection(asyncio.Protocol):
         self._received = len(data)
         self._has_head = True
         self.status, self.reason, self.fields = said.status, said.reason, said.fields
+        self.openings = said.openings
         self._length = self._rest = said.length
         self._ended = not said.length
         if len(data) > len(said.head):
@@ -609,6 +625,7 @@ class _Connection(asyncio.Protocol):
         self.status = status
         self.reason = self.reason.translate(_PRINTABLE)
         self.fields = self._fields
+        self.openings = {}
         self._has_head = True
         self._keep = parser.should_keep_alive()
         if self._method == "HEAD" or status in _WITHOUT_BODY:
