@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 
 import httptools
@@ -39,6 +41,9 @@ _ONCE = frozenset(
 """Fields that aiohttp's server refuses when they are repeated."""
 
 _NO_QUERY: MultiDictProxy[str] = MultiDictProxy(MultiDict())
+
+
+_VERSIONS = {"1.1": HttpVersion11, "1.0": HttpVersion10}
 
 
 class Head:
@@ -101,21 +106,22 @@ class Heads:
             return None
         parser = self._parser
         method = parser.get_method().decode("ascii")
-        version = {"1.1": HttpVersion11, "1.0": HttpVersion10}.get(parser.get_http_version())
+        version = _VERSIONS.get(parser.get_http_version())
         if not self._keep_alive:
             self._parser = None  # it takes nothing after such a request
-        names = [name.lower() for name, _ in self._fields]
+        fields = self._fields
+        names = {name.lower() for name, _ in fields}
         if (
             version is None
-            or len(names) > MAX_FIELDS
+            or len(fields) > MAX_FIELDS
             or not _FOR_OTHERS.isdisjoint(names)
-            or (len(set(names)) < len(names) and any(names.count(name) > 1 for name in _ONCE))
+            or (len(names) < len(fields) and not _ONCE.isdisjoint(_repeated(fields)))
             or (version is HttpVersion11 and b"host" not in names)
             or not self._url.isascii()
             or not _PROXIED.fullmatch(self._url)
         ):
             return None
-        return Head(method, self._url.decode("ascii"), version, self._keep_alive, tuple(self._fields))
+        return Head(method, self._url.decode("ascii"), version, self._keep_alive, tuple(fields))
 
     def _fed(self, data: bytes) -> bool:
         if self._parser is None:
@@ -141,3 +147,7 @@ class Heads:
 
     def on_message_complete(self) -> None:
         self._is_whole = True
+
+
+def _repeated(fields: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+    return [name for name, count in Counter(name.lower() for name, _ in fields).items() if count > 1]
