@@ -57,7 +57,8 @@ class FrontendServer:
         app = create_app(options, self.cluster)
         app[HEARTBEAT] = self.heartbeat
         self.workers = Workers(options, self.cluster.registry, app[OWN_METRICS], self.cluster.timeline)
-        app.middlewares.append(telling(self.workers, self.cluster.registry))
+        if options.workers > 1:
+            app.middlewares.append(telling(self.workers, self.cluster.registry))
         runner = make_runner(
             app,
             drain_seconds=DRAIN_SECONDS,

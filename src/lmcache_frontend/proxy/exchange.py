@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lmcache_frontend.proxy import limits
 from lmcache_shared.access.asking import Asking
@@ -78,12 +78,27 @@ class Outgoing:
     """Whether the caller waits with the body until `interim` has told it 100 (`Expect: 100-continue`)."""
 
 
+class Opening(NamedTuple):
+    """How an answer to the caller begins, and how its body is framed.
+
+    Attributes:
+        has_own_date: its target told `Date`, so that it may be used for as long as the target tells the same.
+    """
+
+    head: bytes
+    is_chunked: bool
+    keep_alive: bool
+    has_own_date: bool
+
+
 class Answer(Protocol):
     """A target's answer, its body still coming. Whoever has it calls `release` in the end, however it goes."""
 
     status: int
     reason: bytes
     fields: Fields
+    openings: dict[Any, Opening]
+    """What was worked out from its head, kept for the next answer that has the same one."""
 
     def take(self) -> tuple[bytes, bool]:
         """What has come of the body since the last time, and whether that was the end.

@@ -96,7 +96,7 @@ MAX_FRONTENDS = 12
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Introduction:
     """What a target is told of the caller for whom it is asked (`vouching.py`).
 
@@ -163,7 +163,7 @@ def request_fields(request: Proxying, prefix: str, caller: Introduction) -> list
         fields = [field for field in fields if field[0].lower() != b"authorization"]
         if caller.authorization is not None:
             fields.append((b"Authorization", caller.authorization))
-    if caller.cookie and any(field[0].lower() == b"cookie" for field in fields):
+    if caller.cookie and "Cookie" in request.headers:
         fields = list(_without_cookie(fields, caller.cookie))
     return fields
 

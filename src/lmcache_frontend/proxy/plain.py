@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -17,6 +18,7 @@ from lmcache_frontend.proxy.connect import connect
 from lmcache_frontend.proxy.exchange import (
     BrokenOff,
     Fields,
+    Opening,
     Outgoing,
     Tunnel,
     no_answer,
@@ -137,6 +139,7 @@ class _PlainAnswer:
         self.fields: Fields = [
             (name, _CONTROL.sub(b"?", value)) for name, value in upstream.raw_headers if _FIELD.fullmatch(name)
         ]
+        self.openings: dict[Any, Opening] = {}
         self._transport: PlainTransport | None = transport
         self._upstream = upstream
         self._content: aiohttp.StreamReader = upstream.content

@@ -44,6 +44,7 @@ def introduction(request: Asking, asked: Proxied, token: str | None) -> Introduc
     is_settled = caller.role == Role.ADMIN or asked.known
     shown = token if is_settled else None
     needs_trust = asked.role >= Role.OPERATOR or not asked.known
+    cookie = request.app[GATE].cookie if "Cookie" in request.headers else None
     return Introduction(
         is_vouched_for=(
             is_settled and needs_trust and shown is None and caller.role >= Role.OPERATOR and not caller.is_here
@@ -51,5 +52,5 @@ def introduction(request: Asking, asked: Proxied, token: str | None) -> Introduc
         is_here=caller.is_here,
         hides_authorization=caller.by_token,
         authorization=None if shown is None else f"Bearer {shown}".encode(),
-        cookie=(request.app[GATE].cookie or "").encode(),
+        cookie=b"" if cookie is None else cookie.encode(),
     )

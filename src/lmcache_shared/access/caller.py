@@ -63,7 +63,7 @@ def is_local_caller(request: Asking, *, through_frontends: bool = False) -> bool
             and leave the field out. A caller that makes such fields up gains nothing that it would not have without.
     """
     headers = request.headers
-    hops = _listed(headers, "Via")
+    hops = _listed(headers, "Via") if "Via" in headers else []
     if hops and not (through_frontends and all(hop == FRONTEND_VIA for hop in hops)):
         return False
     for name in SPEAKING_FOR_OTHERS:
@@ -93,6 +93,9 @@ def _peer(request: Asking) -> str:
     transport = request.transport
     if transport is None:
         return UNKNOWN
+    remote = request.remote or ""
+    if is_loopback_host(remote):  # to ask the transport is a system call
+        return remote
     peer = transport.get_extra_info("peername")
     if isinstance(peer, tuple):
         return str(peer[0])

@@ -25,6 +25,9 @@ CALLER: Any = web.RequestKey("caller", Caller) if hasattr(web, "RequestKey") els
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="lmcache"'}
 
 
+_LOCAL = Caller("local", Role.ADMIN, is_here=True)
+
+
 @dataclass(frozen=True)
 class Names:
     """What the options of a program are called, so that a refusal can name the way out."""
@@ -79,10 +82,9 @@ class Gate:
         is_local = self._trust_local and is_local_caller(request, through_frontends=True)
         if self._no_auth or is_local:
             known = None if token is None else await self._tokens.find(token)
-            name = "local" if is_local else "anybody"
-            return Caller(
-                name if known is None else known.name, Role.ADMIN, by_token=known is not None, is_here=is_local
-            )
+            if known is None:
+                return _LOCAL if is_local else Caller("anybody", Role.ADMIN)
+            return Caller(known.name, Role.ADMIN, by_token=True, is_here=is_local)
         if token is not None:
             return await self.holder(request, token)
         return await self._signed_in(request) or Caller("anonymous", self._otherwise)
