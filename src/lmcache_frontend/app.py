@@ -86,7 +86,7 @@ def proxying_app(options: Options, registry: Registry, health: HealthBoard, time
     Raises:
         ConfigError: its tokens or its audit log cannot be used.
     """
-    app = web.Application(middlewares=[refusals, own_host_only, own_site_only, admitted])
+    app = web.Application(middlewares=[refusals, own_host_only, own_site_only, admitted, audited])
     app[OPTIONS] = options
     app[HOSTS] = Hosts(options.allow_host, option="--allow-host", own=(options.host, options.report_host or ""))
     app[GATE] = _gate(options)
@@ -97,7 +97,6 @@ def proxying_app(options: Options, registry: Registry, health: HealthBoard, time
     app[OWN_METRICS] = OwnMetrics(registry, health)
     app.cleanup_ctx.append(_targets)
     if options.audit_log:
-        app.middlewares.append(audited)
         app[AUDIT] = AuditLog(options.audit_log)
         app.cleanup_ctx.append(_audit_log)
     return app
