@@ -7,12 +7,21 @@ long as that only shows something (`gate.py`).
 
 from __future__ import annotations
 
+import re
+from urllib.parse import quote, urlsplit
+
 from aiohttp import web
 
 from lmcache_shared.access.asking import Asking, HandlerOf, R
 from lmcache_shared.errors import Refusal
 
 _OWN = frozenset({"none", "same-origin"})
+
+MAX_NEXT = 2000
+"""Characters of a path to which somebody is led back."""
+
+_OWN_PATH = re.compile(r"/(?![/\\])[!-\[\]-~]*\Z")
+"""A path of this server: `//host` and `/\\host` are others', and browsers pass over control characters."""
 
 
 @web.middleware
@@ -39,3 +48,25 @@ def is_from_another_site(request: Asking) -> bool:
 def followed_here(request: Asking) -> bool:
     """Whether no link on another site led here."""
     return _OWN.issuperset(request.headers.getall("Sec-Fetch-Site", []))
+
+
+def own_path(text: str | None) -> str:
+    """The path that was asked for, if it is one of this server; else `/`."""
+    return text if text and len(text) <= MAX_NEXT and _OWN_PATH.match(text) else "/"
+
+
+def with_next(page: str, path: str) -> str:
+    """The address of a page that leads back to a path of this server."""
+    path = own_path(path)
+    return page if path == "/" else f"{page}?next={quote(path, safe='/')}"
+
+
+def came_from(request: Asking) -> str:
+    """The page of this server on which a link was followed or a form sent; `/` for any other."""
+    try:
+        referer = urlsplit(request.headers.get("Referer", ""))
+    except ValueError:
+        return "/"
+    if referer.netloc != request.host:
+        return "/"
+    return own_path(f"{referer.path}?{referer.query}" if referer.query else referer.path)
