@@ -80,7 +80,7 @@ def _by_state(rows: Iterable[Row], takes: Callable[[Row], bool]) -> list[Attenti
 def _all_odd(rows: Sequence[Row], figures: Figures) -> Iterable[Attention]:
     keys = [row.key for row in rows]
     for series, title in (("retrieve_p95", "Retrieve p95"), ("store_p95", "Store p95")):
-        chart = f"chart-{series[:-3]}50"
+        chart = f"chart-{series[:-2]}50"
         for row, value, usual, like in _among_like(rows, _medians(figures, series, keys)):
             if value >= LEAST_SECONDS and value >= TIMES * usual > 0:
                 why = f"{title} {span(value)}: {value / usual:.0f} times the median of {like}"
