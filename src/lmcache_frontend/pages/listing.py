@@ -174,6 +174,12 @@ class Choice:
             page=int(page) if page.isascii() and page.isdigit() and 0 < len(page) < 6 and int(page) else 1,
         )
 
+    @property
+    def title(self) -> str:
+        """What the chosen nodes have in common, for the window's title."""
+        told = [self.state, self.role, self.only, f"“{self.q}”" if self.q else ""]
+        return ", ".join(filter(None, told))
+
     def but(self, **changes: object) -> str:
         """The query of the same choice with something else chosen; a new choice begins at its first page."""
         other = replace(self, **{"page": 1, **changes})  # type: ignore[arg-type]
