@@ -453,6 +453,7 @@ class TestSignIn:
             ("", f"{here}/nodes/p/n/env?q=x", "/nodes/p/n/env?q=x"),
             ("?next=/manage", f"{here}/nodes", "/manage"),
             ("", "http://evil.example/nodes", "/"),
+            ("?next=/nodes%3Ftoken%3Dabc", "", "/nodes"),
             ("", "http://[", "/"),
             ("", f"{here}/sign-in", "/"),
             ("?next=/sign-in%3Fnext%3D/", "", "/"),
@@ -543,6 +544,7 @@ async def test_viewers_may_need_a_token(
         ("/", ""),
         ("/proxy2/w/version", "?next=/proxy2/w/version"),
         ("/?q=a&b", "?next=/%3Fq%3Da%26b"),
+        ("/nodes?token=abc&q=a", "?next=/nodes%3Fq%3Da"),
     ):
         async with closed.client.get(path, headers=browser, allow_redirects=False) as response:
             assert (response.status, response.headers["Location"]) == (303, f"/sign-in{place}")

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from lmcache_shared.access.asking import Asking, HandlerOf, R
 from lmcache_shared.errors import Refusal
+from lmcache_shared.listen import without_secrets
 
 _OWN = frozenset({"none", "same-origin"})
 
@@ -51,8 +52,15 @@ def followed_here(request: Asking) -> bool:
 
 
 def own_path(text: str | None) -> str:
-    """The path that was asked for, if it is one of this server; else `/`."""
-    return text if text and len(text) <= MAX_NEXT and _OWN_PATH.match(text) else "/"
+    """The path that was asked for, if it is one of this server; else `/`.
+
+    What looks like a secret in its query is left out: within another address no log knows it for one.
+    """
+    if not text or len(text) > MAX_NEXT or not _OWN_PATH.match(text):
+        return "/"
+    path, _, query = text.partition("?")
+    pairs = [pair for pair in query.split("&") if pair and without_secrets(f"?{pair}") == f"?{pair}"]
+    return f"{path}?{'&'.join(pairs)}" if pairs else path
 
 
 def with_next(page: str, path: str) -> str:
