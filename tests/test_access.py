@@ -554,6 +554,38 @@ class TestSignIn:
             assert (response.status, response.headers["Location"]) == (303, "/sign-in")
             assert "Max-Age=0" in response.headers["Set-Cookie"]
 
+    async def test_back_to_where_one_came_from(self, frontend_server: StartFrontend, token_file: str) -> None:
+        frontend = await frontend_server(token_file=token_file)
+        away, here = {"X-Forwarded-For": "10.0.0.9"}, f"http://{frontend.server.address}"
+        for asked, referer, shown in (
+            ("?next=/nodes%3Fq%3Da%26b%3D%2525", "", "/nodes?q=a&amp;b=%25"),
+            ("", f"{here}/nodes/p/n/env?q=x", "/nodes/p/n/env?q=x"),
+            ("?next=/manage", f"{here}/nodes", "/manage"),
+            ("", "http://evil.example/nodes", "/"),
+            ("?next=/nodes%3Ftoken%3Dabc", "", "/nodes"),
+            ("", "http://[", "/"),
+            ("", f"{here}/sign-in", "/"),
+            ("?next=/sign-in%3Fnext%3D/", "", "/"),
+        ):
+            _, page = await status(frontend.client, "GET", f"/sign-in{asked}", {**away, "Referer": referer})
+            assert f'name="next" value="{shown}"'.encode() in page, (asked, referer)
+        for asked, place in (
+            ("/nodes?q=a", "/nodes?q=a"),
+            *(
+                (it, "/")
+                for it in ("//evil.example", "/\\evil.example", "/\t/evil.example", "https://evil.example", "nodes")
+            ),
+            ("/" + "x" * 3000, "/"),
+            ("/a\r\nSet-Cookie: a=b", "/"),
+        ):
+            data = {"token": SECRETS["viewer"], "next": asked}
+            async with frontend.client.post("/sign-in", data=data, headers=away, allow_redirects=False) as response:
+                assert (response.status, response.headers["Location"]) == (303, place)
+        async with frontend.client.post(
+            "/sign-in", data={"token": "wrong", "next": "/nodes"}, headers=away
+        ) as response:
+            assert 'name="next" value="/nodes"' in await response.text(), "a wrong token does not lose the way"
+
     async def test_a_wrong_token(self, frontend_server: StartFrontend, token_file: str) -> None:
         frontend = await frontend_server(token_file=token_file)
         for number in range(MAX_FAILURES):
@@ -618,9 +650,16 @@ async def test_viewers_may_need_a_token(
         told = 401 if caller in ("local", "anonymous") else 200
         assert list(found.values()) == [told] * 4 + [200] * 3, (caller, found)
     browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8", "User-Agent": "Mozilla/5.0"}
-    for path in ("/", "/proxy2/w/version"):
+    for path, place in (
+        ("/", ""),
+        ("/proxy2/w/version", "?next=/proxy2/w/version"),
+        ("/?q=a&b", "?next=/%3Fq%3Da%26b"),
+        ("/nodes?token=abc&q=a", "?next=/nodes%3Fq%3Da"),
+    ):
         async with closed.client.get(path, headers=browser, allow_redirects=False) as response:
-            assert (response.status, response.headers["Location"]) == (303, "/sign-in")
+            assert (response.status, response.headers["Location"]) == (303, f"/sign-in{place}")
+    async with closed.client.get("/", headers={**browser, "HX-Request": "true"}, allow_redirects=False) as response:
+        assert response.status == 401, "a page that is open must not get the sign-in page as its part"
     rack = {"name": "rack", "host": "127.0.0.1", "port": closed.server.address.port, "nodes": []}
     for token, known in (({}, False), ({"token": SECRETS["viewer"]}, True)):
         frontend = await frontend_server(nodes=[{**rack, **token}], health_interval=1.0)

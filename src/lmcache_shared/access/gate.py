@@ -11,7 +11,7 @@ from aiohttp import web
 
 from lmcache_shared.access.asking import Asking, HandlerOf, R
 from lmcache_shared.access.attempts import Attempts
-from lmcache_shared.access.browser import followed_here
+from lmcache_shared.access.browser import followed_here, with_next
 from lmcache_shared.access.caller import Caller, bearer_token, is_local_caller, seen_address
 from lmcache_shared.access.roles import Role, needed
 from lmcache_shared.access.tokens import Tokens
@@ -146,11 +146,16 @@ class Gate:
         )
 
     def signs_in(self, request: Asking, refusal: Refusal) -> web.Response | None:
-        """A person who opens a page and has to show a token is led to where that is done."""
+        """A person who opens a page and has to show a token is led to where that is done, and from there back.
+
+        What an open page asks for by a script stays refused: the page itself leads there.
+        """
         is_page = request.method == "GET" and "text/html" in request.headers.get("Accept", "")
-        if refusal.status != 401 or not is_page or not self._names.page:
+        is_script = request.headers.get("HX-Request") == "true"
+        if refusal.status != 401 or not is_page or is_script or not self._names.page:
             return None
-        return web.Response(status=303, headers={"Location": self._names.page, "Cache-Control": "no-store"})
+        location = with_next(self._names.page, request.raw_path)
+        return web.Response(status=303, headers={"Location": location, "Cache-Control": "no-store"})
 
 
 GATE: web.AppKey[Gate] = web.AppKey("gate", Gate)

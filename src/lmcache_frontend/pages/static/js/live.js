@@ -8,6 +8,7 @@ const title = document.title;
 const opened = new Date().toLocaleTimeString();
 const pause = 1000 * Number(part?.dataset.refresh ?? 0);
 let asked = Date.now();
+const version = facts().version;
 let busy = false;
 let changed = false;
 let stream = null;
@@ -16,14 +17,23 @@ function facts() {
   return document.getElementById("facts")?.dataset ?? {};
 }
 
-function lost() {
+// Signed out, or what was shown is gone: the page itself says so, and leads on.
+function refused(event) {
+  const status = event.detail?.ctx?.response?.status;
+  if ([401, 403, 404].includes(status)) return void location.reload();
+  lost(status);
+}
+
+function lost(status) {
   busy = false;
+  document.getElementById("what").textContent = Number.isInteger(status) ? `The frontend answers ${status}.` : "The frontend does not answer.";
   document.getElementById("since").textContent = facts().time ?? opened;
   offline.hidden = false;
   document.title = "LMCache: no answer";
 }
 
 function fresh() {
+  if (facts().version !== version) return void location.reload(); // a newer frontend: its parts need its style and scripts
   busy = false;
   offline.hidden = true;
   document.title = facts().title ?? title;
@@ -61,7 +71,7 @@ function listen() {
 
 if (pause) {
   document.addEventListener("htmx:error", lost);
-  document.addEventListener("htmx:response:error", lost);
+  document.addEventListener("htmx:response:error", refused);
   document.addEventListener("htmx:after:swap", fresh);
   document.addEventListener("visibilitychange", () => {
     listen();
