@@ -22,7 +22,7 @@ def test_the_dashboard_lives_on_its_own_and_tells_when_it_is_old(browser: Browse
         read_until(first, "serves on")
         page.goto(seen.url)
         page.get_by_text("1 down").wait_for()
-        assert page.get_by_text("No such file or directory").first.is_visible()
+        assert page.locator(".tile").get_by_text("No such file or directory").is_visible()
         with running(
             "-m", "lmcache_api", "--role", "worker", f"--set=internal_api_server_socket_path_prefix={tmp_path}/s"
         ) as api:

@@ -235,4 +235,4 @@ def test_an_open_page_of_who_was_signed_out_leads_to_the_sign_in_and_back(browse
             page.wait_for_url("**/nodes?q=worker")
             context.clear_cookies()
             page.evaluate("document.querySelector('#part').dispatchEvent(new Event('refresh'))")
-            page.wait_for_url("**/sign-in?next=/nodes%3Fq%3Dworker")
+            expect(page).to_have_url(f"http://127.0.0.1:{port}/sign-in?next=/nodes%3Fq%3Dworker", timeout=15_000)

@@ -35,7 +35,12 @@ def row(name: str, state: State = "up", role: str = "worker", problem: str | Non
 
 
 def found(rows: Sequence[Row], **series: Mapping[str, Values]) -> Sequence[Attention]:
-    return attention(rows, cast(Figures, Past(**series))).named
+    return attention(now(rows, **series), cast(Figures, Past(**series))).named
+
+
+def now(rows: Sequence[Row], **series: Mapping[str, Values]) -> list[Row]:
+    """With the newest of their values."""
+    return [replace(row, figures={key: it.get(row.name, [None])[-1] for key, it in series.items()}) for row in rows]
 
 
 WORKERS = [row(f"w{i}") for i in range(6)]
@@ -70,8 +75,8 @@ def test_each_kind_is_named_and_the_rest_is_counted() -> None:
     down = [row(f"d{i}", "down", problem="Connection refused") for i in range(10)]
     slow = [row("s0", "slow", problem="answered after 1.4 seconds"), row("s1")]
     slow[1] = replace(slow[1], health=replace(slow[1].health, failures=1, problem="reset"))
-    past = cast(Figures, Past(retrieve_p95=of_workers(0.01, 0.01, 0.01, 0.01, 0.01, 1.0)))
-    told = attention([*WORKERS, *slow, *down], past)
+    series = of_workers(0.01, 0.01, 0.01, 0.01, 0.01, 1.0)
+    told = attention(now([*WORKERS, *slow, *down], retrieve_p95=series), cast(Figures, Past(retrieve_p95=series)))
     assert [it.row.name for it in told.named] == ["d0", "d1", "d2", "w5", "s0", "s1"]
     assert told.more == 7
     assert not attention(WORKERS, cast(Figures, Past())).named

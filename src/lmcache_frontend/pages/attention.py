@@ -5,7 +5,7 @@ A node stands out by the last minute, as the median of what it told, so that one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -20,13 +20,16 @@ MINUTE_SLOTS = 12
 LEAST_VALUES = 3
 """Of the last minute: fewer say nothing."""
 
+MOST_LOOKED_AT = 16
+"""Of a kind and a series: reading the past of every node would keep other pages waiting."""
+
 LEAST_LIKE = 4
 """Nodes of a role and a model: among fewer none stands out."""
 
 TIMES = 3.0
 """So many times the median of its like."""
 
-LEAST_SECONDS = 0.02
+LEAST_SECONDS = 0.05
 """What is faster is slow for nobody, however much faster the others are."""
 
 LEAST_SHARE = 0.1
@@ -78,44 +81,44 @@ def _by_state(rows: Iterable[Row], takes: Callable[[Row], bool]) -> list[Attenti
 
 
 def _all_odd(rows: Sequence[Row], figures: Figures) -> Iterable[Attention]:
-    keys = [row.key for row in rows]
     for series, title in (("retrieve_p95", "Retrieve p95"), ("store_p95", "Store p95")):
         chart = f"chart-{series[:-2]}50"
-        for row, value, usual, like in _among_like(rows, _medians(figures, series, keys)):
+        for row, value, usual, like in _among_like(rows, figures, series, highest=True):
             if value >= LEAST_SECONDS and value >= TIMES * usual > 0:
                 why = f"{title} {span(value)}: {value / usual:.0f} times the median of {like}"
                 yield Attention(row, why, chart, value / usual)
-    found = _medians(figures, "lookup_hit_rate", keys)
-    for row, value, usual, like in _among_like(rows, found):
+    for row, value, usual, like in _among_like(rows, figures, "lookup_hit_rate", highest=False):
         if usual >= LEAST_SHARE and value * TIMES <= usual:
             why = f"Hit rate {share(value)}: the median of {like} is {share(usual)}"
             yield Attention(row, why, "chart-lookup_hit_rate", usual / value if value else 100.0)
-    failing = _medians(figures, "failures", keys)
-    for row in rows:
-        if rate := failing.get(row.key):
+    failing = [row for row in rows if row.value("failures")][:MOST_LOOKED_AT]
+    for row, rate in _last_minute(failing, figures, "failures"):
+        if rate:
             yield Attention(row, f"{count(rate)} failures a second", "chart-failures", TIMES)
 
 
-def _medians(figures: Figures, series: str, keys: Sequence[tuple[str, str]]) -> Mapping[tuple[str, str], float]:
-    """Of the last minute, for each node that told enough."""
-    medians = {}
-    for key, values in figures.sparklines(series, keys, MINUTE_SLOTS).items():
-        known = [value for value in values if value is not None]
-        if len(known) >= LEAST_VALUES:
-            medians[key] = median(known)
-    return medians
-
-
 def _among_like(
-    rows: Sequence[Row], values: Mapping[tuple[str, str], float]
+    rows: Sequence[Row], figures: Figures, series: str, *, highest: bool
 ) -> Iterable[tuple[Row, float, float, str]]:
-    """Each node with its value, that of its like, and who they are."""
-    like: dict[tuple[str | None, str | None], list[Row]] = {}
+    """The farthest nodes of each kind with their last minute, what is usual now, and among whom."""
+    like: dict[tuple[str | None, str | None], list[tuple[float, Row]]] = {}
     for row in rows:
-        if row.key in values:
-            like.setdefault((row.health.role, row.health.model), []).append(row)
+        value = row.value(series)
+        if value is not None:
+            like.setdefault((row.health.role, row.health.model), []).append((value, row))
     for (role, _), members in like.items():
         if len(members) >= LEAST_LIKE:
-            usual = median(values[row.key] for row in members)
-            for row in members:
-                yield row, values[row.key], usual, f"{len(members)} {role or 'node'}s"
+            usual = median(value for value, _ in members)
+            members.sort(key=lambda it: it[0], reverse=highest)
+            farthest = [row for _, row in members[:MOST_LOOKED_AT]]
+            for row, value in _last_minute(farthest, figures, series):
+                yield row, value, usual, f"{len(members)} {role or 'node'}s"
+
+
+def _last_minute(rows: Sequence[Row], figures: Figures, series: str) -> Iterable[tuple[Row, float]]:
+    """The median of what each node told in it, where that is enough."""
+    past = figures.sparklines(series, [row.key for row in rows], MINUTE_SLOTS)
+    for row in rows:
+        known = [value for value in past.get(row.key, ()) if value is not None]
+        if len(known) >= LEAST_VALUES:
+            yield row, median(known)

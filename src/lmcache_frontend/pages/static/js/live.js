@@ -11,16 +11,22 @@ let asked = Date.now();
 const version = facts().version;
 let busy = false;
 let changed = false;
+let leaving = false;
 let stream = null;
 
 function facts() {
   return document.getElementById("facts")?.dataset ?? {};
 }
 
+function anew() {
+  if (!leaving) location.reload();
+  leaving = true;
+}
+
 // Signed out, or what was shown is gone: the page itself says so, and leads on.
 function refused(event) {
   const status = event.detail?.ctx?.response?.status;
-  if ([401, 403, 404].includes(status)) return void location.reload();
+  if ([401, 403, 404].includes(status)) return anew();
   lost(status);
 }
 
@@ -33,7 +39,7 @@ function lost(status) {
 }
 
 function fresh() {
-  if (facts().version !== version) return void location.reload(); // a newer frontend: its parts need its style and scripts
+  if (facts().version !== version) return anew(); // a newer frontend: its parts need its style and scripts
   busy = false;
   offline.hidden = true;
   document.title = facts().title ?? title;
@@ -47,7 +53,7 @@ function disturbs() {
 }
 
 function refresh() {
-  if (busy || disturbs() || part.querySelector("[data-settled]") || Date.now() - asked < pause) return;
+  if (busy || leaving || disturbs() || part.querySelector("[data-settled]") || Date.now() - asked < pause) return;
   if (stream?.readyState === EventSource.OPEN && !changed) return;
   [busy, changed, asked] = [true, false, Date.now()];
   part.dispatchEvent(new Event("refresh"));
