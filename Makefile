@@ -10,7 +10,7 @@ CONFIG ?= config/lmcache.yaml
 BIN := $(VENV)/bin
 SOURCES := src tests tools benchmarks hatch_build.py
 .DEFAULT_GOAL := help
-.PHONY: help run test test-lmcache test-vllm lint format docs bench bench-lmcache wheel clean
+.PHONY: help run test test-lmcache test-vllm lint format docs screenshots bench bench-lmcache wheel clean
 
 help:  ## show this
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ format: $(VENV)/.lint  ## format the code
 
 docs: $(VENV)/.run  ## write the tables of settings and options into docs/
 	@$(BIN)/python tools/docs_tables.py
+
+screenshots: $(VENV)/.test  ## take the dashboard's pictures for the docs, of a cluster that runs for five minutes (ARGS="--seconds 60")
+	@$(BIN)/python tools/screenshots.py $(ARGS)
 
 bench: $(VENV)/.bench  ## measure beside FastAPI and uvicorn
 	@$(BIN)/python benchmarks/in_process.py $(ARGS)

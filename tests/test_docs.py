@@ -70,6 +70,18 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_every_picture_is_shown_and_says_what_it_shows() -> None:
+    shown = dict(
+        match[::-1]
+        for page in PAGES
+        for match in re.findall(r"!\[([^]]*)\]\((?:docs/)?(img/[^)]+)\)", page.read_text())
+    )
+    pictures = {f"img/{it.name}" for it in (ROOT / "docs" / "img").iterdir()}
+    assert shown.keys() == pictures, "show it, or take it no longer (tools/screenshots.py)"
+    assert len(pictures) > 8
+    assert all(len(text) > 20 for text in shown.values())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_headings(page: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text()):

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 1
     finally:
-        _end(children)
+        end(children)
 
 
 def _run(options: argparse.Namespace, stop: threading.Event, children: list[Child]) -> int:
@@ -84,7 +84,7 @@ def _run(options: argparse.Namespace, stop: threading.Event, children: list[Chil
     ):
         child = Child(name, command)
         children.append(child)
-        if not _wait_until_serving(child, servers, stop):
+        if not wait_until_serving(child, servers, stop):
             return child.process.returncode or 1  # it has said why
     if not stop.is_set():
         print(_welcome(placements, frontend), flush=True)
@@ -127,7 +127,7 @@ def _placements(options: argparse.Namespace, settings: Settings) -> list[Placeme
     return placements
 
 
-def _wait_until_serving(child: Child, servers: int, stop: threading.Event) -> bool:
+def wait_until_serving(child: Child, servers: int, stop: threading.Event) -> bool:
     """Whether the child serves, or is no longer wanted; not, when it has ended."""
     deadline = time.monotonic() + READY_SECONDS
     while not stop.is_set() and child.serving < servers:
@@ -202,7 +202,7 @@ Try:
 Ctrl-C stops all of it."""
 
 
-def _end(children: Sequence[Child]) -> None:
+def end(children: Sequence[Child]) -> None:
     """Ask every child to end, and end those that have not after a while."""
     for child in children:
         if not child.ended:

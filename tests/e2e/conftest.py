@@ -1,24 +1,25 @@
 """What the tests of pages share."""
 
-import os
-import shutil
+import sys
 from collections.abc import Iterator
+from inspect import iscoroutinefunction
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
+
+from tests.e2e.processes import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import chromium
 
 REBOUND = "rebound.example.com"
 """A name of somebody else's that points here, to the browser."""
 
 
-@pytest.fixture(scope="module")  # its loop runs as long: no asynchronous test can stand beside it
-def browser() -> Iterator[Browser]:
-    names = (os.environ.get("CHROMIUM") or "", "chromium", "chromium-browser", "google-chrome")
-    path = next((found for name in names if name and (found := shutil.which(name))), None)
-    assert path, "Chromium not found; `make test` installs it where it can, CHROMIUM names it"
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    flags.append(f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=flags)
+@pytest.fixture(scope="module")
+def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
+    """Its loop runs in this thread until the module ends; in other modules tests have loops of their own again."""
+    others = [name for name, it in vars(request.module).items() if name[:5] == "test_" and iscoroutinefunction(it)]
+    assert not others, f"asynchronous tests cannot stand beside a browser's: {others}"
+    with chromium.running([f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1"]) as browser:
         yield browser
-        browser.close()

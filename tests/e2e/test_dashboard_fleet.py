@@ -15,7 +15,7 @@ from tests.e2e.processes import read_until, running
 NODES = 1000
 PAINT_MILLISECONDS = 1000
 UPDATE_MILLISECONDS = 50
-TRIES = 2
+TRIES = 3
 """The best of them counts: what a page costs is no less, and a busy machine makes it more."""
 
 PAINTED = """() => new Promise(told => new PerformanceObserver(found => {
@@ -23,14 +23,15 @@ PAINTED = """() => new Promise(told => new PerformanceObserver(found => {
   if (painted) told(painted.startTime);
 }).observe({type: "paint", buffered: true}))"""
 
-UPDATED = """tries => new Promise(told => {
+UPDATED = """([tries, enough]) => new Promise(told => {
   const updates = [];
   let begun = 0;
   document.addEventListener("htmx:before:swap", () => (begun = performance.now()));
   document.addEventListener("htmx:after:swap", () => {
     document.body.offsetHeight;  // lays the page out
     updates.push(performance.now() - begun);
-    if (updates.length === tries) told(Math.min(...updates));
+    const best = Math.min(...updates);
+    if (best < enough || updates.length === tries) told(best);
   });
 })"""
 
@@ -59,7 +60,7 @@ def test_a_thousand_nodes_are_soon_there_and_soon_renewed(browser: Browser, port
         if paints[-1] < PAINT_MILLISECONDS:
             break
     assert min(paints) < PAINT_MILLISECONDS
-    assert page.evaluate(UPDATED, TRIES) < UPDATE_MILLISECONDS
+    assert page.evaluate(UPDATED, [TRIES, UPDATE_MILLISECONDS]) < UPDATE_MILLISECONDS
     assert page.locator(".tile").count() == 120
     assert page.locator("svg.cells").count() == 1
     page.get_by_role("link", name="Next").click()

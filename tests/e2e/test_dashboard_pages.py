@@ -20,21 +20,6 @@ STRANGE = "a/b ..?#%2F \"<&>' ü"
 """A name that would break a path or a page that was put together by hand."""
 
 NODE = "/nodes/local_proxy"
-PAGES = (
-    "/",
-    "/nodes",
-    f"{NODE}/worker0",
-    f"{NODE}/worker0/metrics?q=tokens",
-    f"{NODE}/worker0/threads",
-    f"{NODE}/gone/metrics",
-)
-PAGES += (
-    "/sign-in",
-    "/sign-in?next=/nodes",
-    "/nodes?q=nobody",
-    "/nodes?group=label",
-    "/?group=label&label=conf:chunk_size",
-)
 
 
 @dataclass(frozen=True)
@@ -71,20 +56,6 @@ def _wait_for_states(port: int, wanted: dict[str, int]) -> None:
             return
         assert time.monotonic() < until, found
         time.sleep(0.1)
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1440, 1024, 390])
-def test_each_page_fits_is_accessible_and_keeps_to_itself(
-    browser: Browser, cluster: Cluster, width: int, scheme: str
-) -> None:
-    seen = Seen(browser, cluster.port, width=width, scheme=scheme)
-    for path in PAGES:
-        seen.open(path)
-        assert seen.too_wide() <= 0, path
-        assert seen.problems() == [], path
-    assert (seen.errors, seen.outside) == ([], [])
-    seen.page.close()
 
 
 def test_a_node_is_found_by_its_name_whatever_that_is(browser: Browser, cluster: Cluster) -> None:

@@ -16,21 +16,7 @@ from tests.e2e.processes import read_until, running
 
 NODE = "/nodes/local_proxy"
 WORKER = f"{NODE}/worker0"
-PAGES = (
-    f"{WORKER}/periodic",
-    f"{WORKER}/periodic?thread=PinMonitor-thread",
-    f"{WORKER}/loglevel?q=engine",
-    f"{WORKER}/conf",
-    f"{WORKER}/conf?show=changed&q=nothing",
-    f"{WORKER}/meta",
-    f"{WORKER}/inference",
-    f"{WORKER}/env",
-    f"{WORKER}/script",
-    f"{NODE}/scheduler/chunks",
-    f"{NODE}/scheduler/lookup",
-)
 REFUSED = ("loglevel", "conf", "env", "lookup", "script")
-GONE = ("periodic", "conf", "meta", "script")
 SETTINGS = (
     "run_script_api_enabled=true",
     "script_allowed_imports=[time]",
@@ -66,20 +52,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             read_until(first, "serves on")
             read_until(second, "serves on")
             yield Cluster(*ports)
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1024, "dark"), (390, "dark")])
-def test_each_tab_fits_is_accessible_and_keeps_to_itself(
-    browser: Browser, cluster: Cluster, width: int, scheme: str
-) -> None:
-    seen = Seen(browser, cluster.port, width=width, scheme=scheme)
-    gone = [f"{NODE}/gone/{tab}" for tab in GONE] if width == 390 else []
-    for path in (*PAGES, *gone):
-        seen.open(path)
-        assert seen.too_wide() <= 0, path
-        assert width == 1024 or seen.problems() == [], path
-    assert (seen.errors, seen.outside) == ([], [])
-    seen.page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

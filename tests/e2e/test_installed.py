@@ -62,7 +62,13 @@ def test_the_wheel_is_whole(tmp_path: Path) -> None:
     tracked = subprocess.run(["git", "ls-files", "src"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     wanted = {line.removeprefix("src/") for line in tracked.splitlines()}
     assert wanted - names == set()
-    assert "lmcache_frontend/pages/static/vendor/htmx.min.js" in names
+    vendor = "lmcache_frontend/pages/static/vendor/"
+    brought = {name.removeprefix(vendor) for name in names if name.startswith(vendor)}
+    assert brought - {".lock-hash"} == {
+        "htmx.min.js",
+        "uPlot.iife.min.js",
+        "uPlot.min.css",
+    }  # and nothing for tests alone
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
         "lmcache_shared",
         "lmcache_api",
