@@ -25,7 +25,8 @@ SETTLE_SECONDS = 60.0
 
 
 async def _stream(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+    # cancelled: at the end, with asyncio.run; up to Python 3.11 asyncio would print a traceback for each
+    with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
         await reader.readuntil(b"\r\n\r\n")
         writer.write(EVENT)
         await reader.read()

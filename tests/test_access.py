@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,22 @@ async def test_a_node_judges_by_itself_what_the_frontend_does_not_know(
     frontend = await frontend_server(nodes=[{**worker.node, "name": "w"}], token_file=token_file)
     found = {it: (await status(frontend.client, "GET", "/proxy2/w/secrets", CALLERS[it]))[0] for it in CALLERS}
     assert found == {"local": 200, "anonymous": 401, "viewer": 401, "operator": 401, "admin": 200}
+    untrusting = await frontend_server(
+        nodes=[{**worker.node, "name": "w"}], no_trust_local=True, token=SECRETS["admin"]
+    )
+    before = {"name": "f", "host": "127.0.0.1", "port": frontend.server.address.port, "nodes": []}
+    outer = await frontend_server(nodes=[before])
+    passed_on = {"Host": "ops.example.com"}  # as by a proxy on this machine that adds nothing
+    hidden = {**passed_on, "X-Real-IP": "10.0.0.9", "Connection": "X-Real-IP, X-Forwarded-For, Via"}
+    for client, path, headers, expected in (
+        (frontend.client, "/proxy2/w", passed_on, 401),
+        (frontend.client, "/proxy2/w", hidden, 401),
+        (untrusting.client, "/proxy2/w", {}, 401),
+        (untrusting.client, "/proxy2/w", {"Authorization": f"Bearer {SECRETS['admin']}"}, 200),
+        (outer.client, "/proxy2/f/proxy2/w", {}, 200),
+        (outer.client, "/proxy2/f/proxy2/w", passed_on, 401),
+    ):
+        assert (await status(client, "GET", f"{path}/secrets", headers))[0] == expected, (path, headers)
 
 
 class TestOfAFrontend:
@@ -153,6 +171,37 @@ class TestOfAFrontend:
         assert (await status(frontend.client, "GET", "/api/nodes", wrong))[0] == 429
         assert (await status(frontend.client, "GET", "/health", wrong))[0] == 200
         assert (await status(frontend.client, "GET", "/api/nodes", CALLERS["operator"]))[0] == 200
+
+    async def test_a_wrong_token_is_told_of_what_is_proxied_too(self, frontend_server: StartFrontend) -> None:
+        nodes = [{"name": "w", "host": "127.0.0.1", "port": free_port()}]
+        frontend = await frontend_server(nodes=nodes, token=SECRETS["admin"])
+        wrong = {"X-Forwarded-For": "10.0.0.8"}
+        for method in ("GET", "POST"):  # they have a server each
+            wrong["Authorization"] = f"Bearer no-such-token-{method}"
+            found, said = await status(frontend.client, method, "/proxy2/w/version", wrong)
+            assert found == 401
+            assert b"none that this server knows; it knows those of --token (LMCACHE_FRONTEND_TOKEN)" in said
+        for number in range(MAX_FAILURES):
+            wrong["Authorization"] += str(number)
+            await status(frontend.client, "GET", "/proxy2/w/version", wrong)
+        for method in ("GET", "POST"):
+            right = {**wrong, "Authorization": f"Bearer {SECRETS['admin']}"}
+            found, said = await status(frontend.client, method, "/proxy2/w/version", right)
+            assert (found, b"too many wrong tokens from 10.0.0.8" in said) == (429, True)
+
+    async def test_who_guesses_keeps_nobody_of_his_address_out(self, frontend: RunningFrontend) -> None:
+        away = {"X-Forwarded-For": "10.0.0.8"}
+        cookie = f"lmcache_frontend_{frontend.server.address.port}"
+        shown = {it: {**away, "Authorization": f"Bearer {SECRETS[it]}"} for it in SECRETS}
+        signed_in = {it: {**away, "Cookie": f"{cookie}={SECRETS[it]}"} for it in SECRETS}
+        for known in (shown, signed_in):
+            assert (await status(frontend.client, "DELETE", "/api/nodes/x", known["operator"]))[0] == 404
+        for number in range(MAX_FAILURES):
+            await status(frontend.client, "GET", "/api/nodes", {**away, "Authorization": f"Bearer wrong-{number}"})
+            await status(frontend.client, "GET", "/api/nodes", {**away, "Cookie": f"{cookie}=wrong-{number}"})
+        for known, refused in ((shown, 429), (signed_in, 401)):
+            assert (await status(frontend.client, "DELETE", "/api/nodes/x", known["operator"]))[0] == 404
+            assert (await status(frontend.client, "DELETE", "/api/nodes/x", known["admin"]))[0] == refused
 
 
 async def test_its_token_stays_with_the_frontend(frontend_server: StartFrontend, token_file: str) -> None:
@@ -241,7 +290,17 @@ class TestTokens:
         known = Tokens(None, str(path), place="here")
         assert [await known.find(it) is not None for it in SECRETS.values()] == [True, False, False]
         assert len(caplog.records) == 6
+        assert "line 2: role: expected one of viewer, operator, admin, found 'root'" in caplog.text
         assert [f"line {number}" in caplog.text for number in range(1, 8)] == [False] + [True] * 6
+
+    @pytest.mark.parametrize("content", ["", "tokens: []", "tokns: [a]", "tokens: [a]"])
+    def test_a_file_of_which_nothing_counts_is_told(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+    ) -> None:
+        path = tmp_path / "tokens"
+        path.write_text(content)
+        Tokens(None, str(path), place="here")
+        assert f"{path}: no token in it can be used; expected tokens: with a list of" in caplog.text
 
     @pytest.mark.parametrize("content", [None, "tokens: 5", "- a\n- b", "tokens: [", "\x00"])
     def test_a_file_that_is_none_stops_the_start(self, tmp_path: Path, content: str | None) -> None:
@@ -265,8 +324,13 @@ def test_attempts_are_bounded() -> None:
     for number in range(MAX_FAILURES):
         assert attempts.failed(f"2001:db8::{number}", f"{number}")
         assert not attempts.failed(f"2001:db8::{number}", f"{number}")
-    assert attempts.wait_seconds("2001:db8::ffff") > 0
-    assert attempts.wait_seconds("2001:db8:0:1::1") == 0
+    assert attempts.wait_seconds("2001:db8::ffff", "x") > 0
+    assert attempts.wait_seconds("2001:db8:0:1::1", "x") == 0
+    for number in range(MAX_ADDRESSES + 10):
+        attempts.was_right("2001:db8::1", f"right {number}")
+    assert len(attempts._right) == MAX_ADDRESSES
+    assert attempts.wait_seconds("2001:db8::2", f"right {number}") == 0
+    assert attempts.wait_seconds("2001:db8:0:1::1", "right 0") == 0
 
 
 class TestANodesToken:
@@ -359,7 +423,7 @@ class TestTheAuditLog:
         for headers in CALLERS.values():
             for method, path in (("GET", "/version"), ("POST", "/metrics/reset"), ("GET", "/env?password=x")):
                 await status(frontend.client, method, "/proxy2/w" + path, headers)
-        await status(frontend.client, "DELETE", "/api/nodes/nobody", CALLERS["operator"])
+        await status(frontend.client, "DELETE", "/api/nodes/nobody?a=%2541&b=1&a=2&b", CALLERS["operator"])
         await status(frontend.client, "POST", "/nowhere", CALLERS["operator"])
         await frontend.server.stop()
         lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -375,6 +439,7 @@ class TestTheAuditLog:
             ("the operator", "operator", "", "DELETE", "/api/nodes/nobody", 404),
         ]
         assert lines[1]["query"] == {"password": "***"}
+        assert lines[-1]["query"] == {"a": "%41, 2", "b": "1, "}
         assert lines[2]["from"] == "10.0.0.9"
         assert all(it["ms"] > 0 and it["time"].endswith("+00:00") for it in lines)
         assert log.stat().st_mode & 0o777 == 0o600
@@ -404,6 +469,24 @@ class TestTheAuditLog:
         await log.close()
         assert caplog.text.count("cannot be written: No such file or directory; changes go on") == 1
 
+    def test_half_a_line_on_a_full_disk_is_none(self, tmp_path: Path) -> None:
+        log = tmp_path / "audit"
+        program = (
+            "import asyncio, resource, sys\n"
+            "from lmcache_frontend.audit import AuditLog\n"
+            "async def main():\n"
+            "    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
+            "    for number, room in enumerate((hard, 60, 50, hard)):\n"
+            "        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))\n"
+            "        log = AuditLog(sys.argv[1])\n"
+            "        log.start()\n"
+            "        await log.add({'number': number, 'text': 'x' * 20})\n"
+            "        await log.close()\n"
+            "asyncio.run(main())\n"
+        )
+        subprocess.run([sys.executable, "-c", program, str(log)], check=True, timeout=30)
+        assert [json.loads(line)["number"] for line in log.read_text().splitlines()] == [0, 3]
+
     def test_a_file_that_cannot_be_written_stops_the_start(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="--audit-log .*: cannot be written: Is a directory"):
             AuditLog(str(tmp_path))
@@ -416,6 +499,32 @@ async def test_a_link_on_another_site_changes_nothing(api_server: StartApi, fron
     for path, found in (("/loglevel", 200), ("/loglevel?logger_name=a&level=info", 403), ("/env", 403)):
         assert (await status(worker.client, "GET", path, followed))[0] == found
         assert (await status(frontend.client, "GET", "/proxy2/w" + path, followed))[0] == found
+
+
+async def test_a_link_on_another_site_changes_nothing_that_the_frontend_does_not_know(
+    api_server: StartApi, frontend_server: StartFrontend, tmp_path: Path
+) -> None:
+    (tmp_path / "own_api.py").write_text(
+        "from aiohttp import web\n"
+        "from lmcache_shared.access.roles import Role, needs\n"
+        "router = web.RouteTableDef()\n"
+        '@router.get("/own")\n@needs(Role.OPERATOR)\nasync def own(request):\n    return web.Response()\n'
+    )
+    trusting = await api_server(internal_api_server_route_folders=[str(tmp_path)])
+    asking = await api_server(
+        worker_id=1,
+        internal_api_server_route_folders=[str(tmp_path)],
+        internal_api_server_trust_local=False,
+        internal_api_server_token=SECRETS["admin"],
+    )
+    nodes = [{**trusting.node, "name": "w"}, {**asking.node, "name": "v", "token": SECRETS["admin"]}]
+    inner = await frontend_server(nodes=nodes)
+    rack = {"name": "rack", "host": "127.0.0.1", "port": inner.server.address.port, "nodes": []}
+    frontend = await frontend_server(nodes=[*nodes, rack])
+    for path in ("/proxy2/w/own", "/proxy2/v/own", "/proxy2/rack/proxy2/w/own", "/proxy2/rack/proxy2/v/own"):
+        for followed, expected in (("none", 200), ("same-origin", 200), ("same-site", 403), ("cross-site", 403)):
+            headers = {"Sec-Fetch-Site": followed, "Sec-Fetch-Mode": "navigate"}
+            assert (await status(frontend.client, "GET", path, headers))[0] == expected, (path, followed)
 
 
 class TestSignIn:
@@ -444,6 +553,38 @@ class TestSignIn:
         async with frontend.client.post("/sign-out", headers=away, allow_redirects=False) as response:
             assert (response.status, response.headers["Location"]) == (303, "/sign-in")
             assert "Max-Age=0" in response.headers["Set-Cookie"]
+
+    async def test_back_to_where_one_came_from(self, frontend_server: StartFrontend, token_file: str) -> None:
+        frontend = await frontend_server(token_file=token_file)
+        away, here = {"X-Forwarded-For": "10.0.0.9"}, f"http://{frontend.server.address}"
+        for asked, referer, shown in (
+            ("?next=/nodes%3Fq%3Da%26b%3D%2525", "", "/nodes?q=a&amp;b=%25"),
+            ("", f"{here}/nodes/p/n/env?q=x", "/nodes/p/n/env?q=x"),
+            ("?next=/manage", f"{here}/nodes", "/manage"),
+            ("", "http://evil.example/nodes", "/"),
+            ("?next=/nodes%3Ftoken%3Dabc", "", "/nodes"),
+            ("", "http://[", "/"),
+            ("", f"{here}/sign-in", "/"),
+            ("?next=/sign-in%3Fnext%3D/", "", "/"),
+        ):
+            _, page = await status(frontend.client, "GET", f"/sign-in{asked}", {**away, "Referer": referer})
+            assert f'name="next" value="{shown}"'.encode() in page, (asked, referer)
+        for asked, place in (
+            ("/nodes?q=a", "/nodes?q=a"),
+            *(
+                (it, "/")
+                for it in ("//evil.example", "/\\evil.example", "/\t/evil.example", "https://evil.example", "nodes")
+            ),
+            ("/" + "x" * 3000, "/"),
+            ("/a\r\nSet-Cookie: a=b", "/"),
+        ):
+            data = {"token": SECRETS["viewer"], "next": asked}
+            async with frontend.client.post("/sign-in", data=data, headers=away, allow_redirects=False) as response:
+                assert (response.status, response.headers["Location"]) == (303, place)
+        async with frontend.client.post(
+            "/sign-in", data={"token": "wrong", "next": "/nodes"}, headers=away
+        ) as response:
+            assert 'name="next" value="/nodes"' in await response.text(), "a wrong token does not lose the way"
 
     async def test_a_wrong_token(self, frontend_server: StartFrontend, token_file: str) -> None:
         frontend = await frontend_server(token_file=token_file)
@@ -484,6 +625,7 @@ class TestSignIn:
         for host, options, made in (
             ("0.0.0.0", {}, True),
             ("127.0.0.1", {}, False),
+            ("127.0.0.1", {"no_trust_local": True}, True),  # else nobody could change anything
             ("0.0.0.0", {"no_auth": True}, False),
             ("0.0.0.0", {"token": SECRETS["admin"]}, False),
         ):
@@ -508,9 +650,16 @@ async def test_viewers_may_need_a_token(
         told = 401 if caller in ("local", "anonymous") else 200
         assert list(found.values()) == [told] * 4 + [200] * 3, (caller, found)
     browser = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8", "User-Agent": "Mozilla/5.0"}
-    for path in ("/", "/proxy2/w/version"):
+    for path, place in (
+        ("/", ""),
+        ("/proxy2/w/version", "?next=/proxy2/w/version"),
+        ("/?q=a&b", "?next=/%3Fq%3Da%26b"),
+        ("/nodes?token=abc&q=a", "?next=/nodes%3Fq%3Da"),
+    ):
         async with closed.client.get(path, headers=browser, allow_redirects=False) as response:
-            assert (response.status, response.headers["Location"]) == (303, "/sign-in")
+            assert (response.status, response.headers["Location"]) == (303, f"/sign-in{place}")
+    async with closed.client.get("/", headers={**browser, "HX-Request": "true"}, allow_redirects=False) as response:
+        assert response.status == 401, "a page that is open must not get the sign-in page as its part"
     rack = {"name": "rack", "host": "127.0.0.1", "port": closed.server.address.port, "nodes": []}
     for token, known in (({}, False), ({"token": SECRETS["viewer"]}, True)):
         frontend = await frontend_server(nodes=[{**rack, **token}], health_interval=1.0)

@@ -41,14 +41,14 @@ ROUTES = {
         GET /threads /loglevel?logger_name=access.matrix&level=info
         POST /conf /metrics/reset /backends /backends/{backend_name}/recreate /cache/store /cache/retrieve
         POST /chunk_statistics/start /chunk_statistics/stop /chunk_statistics/reset /cache/kvcache/record_slot
-        POST /cache/load-fs-chunks /lookup/close /lookup/create /lookup/recreate /controller/workers /clear /pin
+        POST /cache/load-fs-chunks /lookup/close /lookup/create /lookup/recreate /clear /pin
         POST /compress /decompress /move
         PUT /bypass/add /bypass/remove /freeze/enable /freeze/disable /hot_cache/enable /hot_cache/disable
         DELETE /backends/{backend_name} /cache/clear /controller/workers
         """,
     Role.ADMIN: """
         GET /env /conf?show_secrets=true
-        POST /run_script
+        POST /run_script /controller/workers
         """,
 }
 FRONTEND_ROUTES = {

@@ -91,6 +91,8 @@ def _run(options: argparse.Namespace, stop: threading.Event, children: list[Chil
     while not stop.wait(0.2):
         for child in children:
             child.read()  # or a script that prints would one day wait for room in the pipe
+            while child.told:
+                print(child.told.pop(0), flush=True)
             if child.ended:
                 print(f"make run: {child.name} ended with code {_code(child.process.returncode)}", file=sys.stderr)
                 return 1
@@ -149,13 +151,14 @@ class Child:
     """A program of ours, in a session of its own: Ctrl-C reaches `make run` alone, which ends its children in order.
 
     `serving` counts the servers that it has said to serve; only what a child says itself counts, because on the same
-    address somebody else may answer.
+    address somebody else may answer. `told` are the lines that people need: the URL with a token that a frontend makes.
     """
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         self.name = name
         self.serving = 0
+        self.told: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command],
             stdin=subprocess.DEVNULL,
@@ -171,7 +174,9 @@ class Child:
     def read(self) -> None:
         """Take what the child has printed since; a line is printed in one piece."""
         with contextlib.suppress(BlockingIOError):
-            self.serving += os.read(self._output, 1 << 16).count(b" serves on ")
+            text = os.read(self._output, 1 << 16).decode(errors="replace")
+            self.serving += text.count(" serves on ")
+            self.told += [line for line in text.splitlines() if line.startswith("to change something")]
 
     @property
     def ended(self) -> bool:

@@ -130,8 +130,13 @@ class AuditLog:
                 if size and size + len(data) > self._max_bytes:
                     self._rotate()
                     continue
-                while data:
-                    data = data[os.write(handle, data) :]
+                try:
+                    while data:
+                        data = data[os.write(handle, data) :]
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(handle, size)  # half a line would spoil the next one
+                    raise
                 return
             finally:
                 os.close(handle)
@@ -226,7 +231,7 @@ class Note:
     ) -> None:
         self._app = request.app
         (proxy, node), (path, _, query) = known, target.partition("?")
-        asked = dict(parse_qsl(query, keep_blank_values=True)) if len(query) <= MAX_TEXT else {}
+        asked = _parameters(query) if len(query) <= MAX_TEXT else {}
         self._event: Event | None = None
         if is_event and method not in SAFE_METHODS:
             names = f"parameters: {', '.join(asked)}" if asked else ""
@@ -247,9 +252,17 @@ class Note:
             await self._app[AUDIT].add(line)
 
 
+def _parameters(query: str) -> dict[str, str]:
+    """Each with all its values: of repeated ones servers take the first or the last."""
+    found: dict[str, str] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        found[name] = f"{found[name]}, {value}" if name in found else value
+    return found
+
+
 def _line(request: Asking, node: str, status: int, seconds: float) -> dict[str, object]:
     caller = caller_of(request)
-    query = secrets.masked(dict(request.query)) if len(request.query_string) <= MAX_TEXT else {"...": "too long"}
+    path, _, query = request.raw_path.partition("?")
     return {
         "time": _now(),
         "who": caller.name,
@@ -257,8 +270,8 @@ def _line(request: Asking, node: str, status: int, seconds: float) -> dict[str, 
         "from": seen_address(request),
         "node": node,
         "method": request.method,
-        "path": request.raw_path.partition("?")[0][:MAX_TEXT],
-        "query": query,
+        "path": path[:MAX_TEXT],
+        "query": secrets.masked(_parameters(query)) if len(query) <= MAX_TEXT else {"...": "too long"},
         "status": status,
         "ms": round(seconds * 1000, 3),
     }

@@ -57,7 +57,8 @@ class FrontendServer:
         app = create_app(options, self.cluster)
         app[HEARTBEAT] = self.heartbeat
         self.workers = Workers(options, self.cluster.registry, app[OWN_METRICS], self.cluster.timeline)
-        app.middlewares.append(telling(self.workers, self.cluster.registry))
+        if options.workers > 1:
+            app.middlewares.append(telling(self.workers, self.cluster.registry))
         runner = make_runner(
             app,
             drain_seconds=DRAIN_SECONDS,
@@ -123,9 +124,8 @@ async def serve(options: Options, stop: asyncio.Event, nodes: Iterable[Node | Pr
                     f"frontend serves on http://{server.address} ({_nodes(server.cluster)}{_processes(server.workers)})"
                 )
                 if made is not None:
-                    say(
-                        f"to change something from another machine: http://{_public(server.address)}/sign-in?token={made}"
-                    )
+                    where = "" if options.no_trust_local else " from another machine"
+                    say(f"to change something{where}: http://{_public(server.address)}/sign-in?token={made}")
                 await stop.wait()
             say("stopping")
         return
@@ -158,9 +158,10 @@ def _processes(workers: Workers) -> str:
 
 
 def _made_token(options: Options) -> str | None:
-    """A token for a server that others can reach, when the operator gave none: whoever reads its first lines has it."""
+    """A token where one is needed and the operator gave none: whoever reads the first lines of the log has it."""
     is_given = options.token or options.token_file or options.no_auth
-    return None if is_given or is_loopback_host(options.host) else secrets.token_urlsafe(24)
+    is_needed = options.no_trust_local or not is_loopback_host(options.host)
+    return secrets.token_urlsafe(24) if is_needed and not is_given else None
 
 
 def _public(address: TcpAddress) -> TcpAddress:

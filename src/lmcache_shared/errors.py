@@ -47,16 +47,20 @@ class RouteError(StartError):
 
 
 class Refusal(OpsError):
-    """The answer to one request that is refused: `status` and `{"detail": detail}`."""
+    """The answer to one request that is refused: `status` and `{"detail": detail}`, and `reason` beside it if given."""
 
-    def __init__(self, status: int, detail: object, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, detail: object, headers: Mapping[str, str] | None = None, *, reason: str | None = None
+    ) -> None:
         super().__init__(f"{status}: {detail}")
         self.status = status
         self.detail = detail
         self.headers = headers
+        self.reason = reason
 
     def response(self) -> web.Response:
-        return json_response({"detail": self.detail}, status=self.status, headers=self.headers)
+        body = {"detail": self.detail} if self.reason is None else {"detail": self.detail, "reason": self.reason}
+        return json_response(body, status=self.status, headers=self.headers)
 
 
 class Failure(Refusal):

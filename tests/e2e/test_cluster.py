@@ -106,6 +106,12 @@ def test_made_up_conversations_keep_it_busy_unless_they_are_off(arguments: list[
         assert (sent >= 20) is (load == "20")
 
 
+def test_where_others_reach_it_the_token_is_told(arguments: list[str]) -> None:
+    with running(CLUSTER, *arguments, "--host", "0.0.0.0", "--workers", "0") as cluster:
+        read_until(cluster, "Ctrl-C")
+        assert "/sign-in?token=" in read_until(cluster, "to change something from another machine: http://")
+
+
 def test_a_load_that_is_no_number(arguments: list[str]) -> None:
     with running(CLUSTER, *arguments, "--load", "much") as cluster:
         assert cluster.wait(20) == 2

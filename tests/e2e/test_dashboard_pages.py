@@ -123,8 +123,7 @@ def test_what_a_role_may_not_see_says_which_it_needs(browser: Browser, cluster: 
         page.locator(".outcome").get_by_role("link", name="Sign in").click()
         page.get_by_label("Token").fill(token)
         page.get_by_role("button", name="Sign in").click()
-        page.wait_for_url(seen.url)
-        seen.open(f"{NODE}/worker0/threads")
+        page.wait_for_url(f"**{NODE}/worker0/threads")
         assert page.locator("details.stack").count() > 3
         assert (seen.errors, seen.outside) == ([], [])
         page.close()
@@ -150,3 +149,61 @@ def test_the_keyboard_goes_everywhere_and_the_theme_stays(browser: Browser, clus
         assert page.locator("html").get_attribute("data-theme") == theme
     assert (seen.errors, seen.outside) == ([], [])
     page.close()
+
+
+def test_every_page_is_left_by_keyboard_and_never_while_somebody_types(browser: Browser, cluster: Cluster) -> None:
+    seen = Seen(browser, cluster.port)
+    page = seen.page
+    for path in ("/nodes", "/operations", "/manage/add", f"{NODE}/worker0/conf", f"{NODE}/worker0/script"):
+        seen.open(path)
+        page.evaluate("document.activeElement.blur()")
+        page.keyboard.press("/")
+        page.keyboard.type("gc?")
+        assert page.evaluate("document.activeElement.value") == "gc?", path
+        assert page.get_by_role("dialog").count() == 0
+        page.keyboard.press("Escape")
+        page.keyboard.press("g")
+        page.keyboard.press("c")
+        page.wait_for_url("**/compare")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("main")).to_be_focused()
+    assert (seen.errors, seen.outside) == ([], [])
+    page.close()
+
+
+def test_on_a_phone_a_list_hides_nothing_that_matters(browser: Browser, cluster: Cluster) -> None:
+    seen = Seen(browser, cluster.port, width=390)
+    page = seen.page
+    for path, row, shown in (
+        ("/nodes", "tr:has-text('worker0')", ("Answers in", "Hit rate", "Requested/s", "Retrieve p95")),
+        (f"{NODE}/worker0/periodic", "table.periodic tbody tr", ("Last run", "Every", "Took", "Runs", "Failed")),
+    ):
+        seen.open(path)
+        for name in shown:
+            box = page.locator(row).first.locator(f"[data-name='{name}']").bounding_box()
+            assert box, (path, name)
+            assert 0 <= box["x"] <= box["x"] + box["width"] <= 390, (path, name)
+        for name in ("Overview", "Manage"):
+            box = page.get_by_label("Pages", exact=True).get_by_role("link", name=name).bounding_box()
+            assert box
+            assert box["x"] + box["width"] <= 390, name
+    page.close()
+
+
+def test_an_open_page_of_who_was_signed_out_leads_to_the_sign_in_and_back(browser: Browser, cluster: Cluster) -> None:
+    port, token = free_port(), "a-token-of-sixteen"
+    options = ["--no-trust-local", "--viewers", "token", "--token", token, "--nodes", json.dumps(cluster.nodes)]
+    with running("-m", "lmcache_frontend", "--host", "127.0.0.1", "--port", str(port), *options) as child:
+        read_until(child, "serves on")
+        with browser.new_context() as context:
+            page = context.new_page()
+            page.goto(f"http://127.0.0.1:{port}/nodes?q=worker")
+            assert "Not signed in" in page.inner_text("header")
+            page.get_by_label("Token").fill(token)
+            page.get_by_role("button", name="Sign in").click()
+            page.wait_for_url("**/nodes?q=worker")
+            context.clear_cookies()
+            page.evaluate("document.querySelector('#part').dispatchEvent(new Event('refresh'))")
+            expect(page).to_have_url(f"http://127.0.0.1:{port}/sign-in?next=/nodes%3Fq%3Dworker", timeout=15_000)

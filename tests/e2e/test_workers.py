@@ -200,6 +200,17 @@ def test_every_process_knows_of_a_node_as_soon_as_its_change_is_answered(shared:
             assert {ask(connection, "GET", "/proxy2/added/a")[0] for connection in held} <= statuses
 
 
+def test_what_a_workers_caller_changes_is_in_the_timeline(shared: Running) -> None:
+    with contextlib.closing(shared.at_a_worker()) as connection:
+        assert ask(connection, "GET", "/proxy2/up/loglevel?logger_name=of.a.worker&level=info")[0] == 200
+        assert shared.owner(connection) != shared.child.pid
+
+    def newest() -> list[str]:
+        return [event["text"] for event in json.loads(get(shared.port, "/api/timeline?limit=20")[1])["events"]]
+
+    until(lambda: newest().count("GET /loglevel at up") == 1)
+
+
 def test_a_connection_moves_with_the_first_request_of_another_kind(shared: Running) -> None:
     connection = shared.at_a_worker()
     assert ask(connection, "GET", "/proxy2/up/1")[1] == '{"path": "/1"}'

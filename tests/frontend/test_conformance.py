@@ -383,7 +383,7 @@ async def test_interim_answers_go_through(between: Between, kind: str) -> None:
 async def test_repeated_fields_of_an_answer(between: Between) -> None:
     fields = b"Set-Cookie: a=1\r\nX-A: 1\r\nSet-Cookie: b=2\r\nX-A: 2\r\nContent-Length: 2\r\n\r\n"
     between.upstream.answer = b"HTTP/1.1 200 Fine \xe9\r\n" + fields + b"ok"
-    head, _ = await between.ask("GET /proxy2/upstream/")
+    head, _ = await between.ask("GET /proxy2/upstream/a")
     assert fields_of(head, "Set-Cookie") == [b"a=1", b"b=2"]
     assert fields_of(head, "X-A") == [b"1", b"2"]
 
@@ -660,6 +660,7 @@ async def test_a_target_that_keeps_failing_is_skipped_for_a_moment(
     status, text = await ask()
     assert status == 503
     assert f"127.0.0.1:{port} is skipped for a moment after 5 failures: Failed to connect" in text
+    assert ": Connection refused" in text
     await asyncio.sleep(0.35)
     assert [(await ask())[0] for _ in range(3)] == [502, 503, 503]  # one tries, the others are refused
     server = await asyncio.start_server(answering(OK), "127.0.0.1", port)
@@ -1352,3 +1353,89 @@ async def test_connections_in_all_are_bounded(between: Between, monkeypatch: pyt
     assert head.startswith(b"HTTP/1.1 503 ")
     assert fields_of(head, "Retry-After") == [b"1"]
     writer.close()
+
+
+# -- connections that many use
+
+
+async def test_a_piece_of_a_body_may_look_like_the_head_of_another_answer(between: Between) -> None:
+    head, said = OK[:-2], False
+
+    async def talk(reader: Reader, writer: Writer) -> None:
+        nonlocal said
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            if not said:
+                said = True
+                writer.write(OK)
+                continue
+            start = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\nab" % (len(head) + 2)
+            for piece in (start, head, b"\r\n0\r\n\r\n"):
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0.02)
+
+    between.upstream.talk = talk
+    assert (await between.ask("GET /proxy2/upstream/a"))[1] == b"ok"
+    _, body = await between.ask("GET /proxy2/upstream/b")
+    assert body == b"2\r\nab\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(head), head)
+    assert between.upstream.connections == 1
+
+
+async def test_who_reads_an_answer_late_does_not_touch_the_connections_next_request(between: Between) -> None:
+    large = b"HTTP/1.1 200 OK\r\nContent-Length: 15000\r\n\r\n" + bytes(15_000)
+    count, asked, goes_on = 0, asyncio.Event(), asyncio.Event()
+
+    async def talk(reader: Reader, writer: Writer) -> None:
+        nonlocal count
+        while True:
+            if b" /slow " in await reader.readuntil(b"\r\n\r\n"):
+                writer.write(OK[:-1])
+                asked.set()
+                await goes_on.wait()
+                writer.write(OK[-1:])
+            else:
+                count += 1
+                writer.write(large)
+
+    between.upstream.talk = talk
+    request = b"GET /proxy2/upstream/large HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    reader, writer = await between.connect()
+    writer.write(request * 1000 + request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    before = -1
+    while count != before:  # until the caller is waited for
+        before = count
+        await asyncio.sleep(0.1)
+    assert count < 1000
+    other = asyncio.ensure_future(between.ask("GET /proxy2/upstream/slow"))
+    await asyncio.wait_for(asked.wait(), 10)
+    while await asyncio.wait_for(reader.read(1 << 20), 10):
+        pass
+    goes_on.set()
+    assert (await other)[1] == b"ok"
+    assert count == 1001
+    writer.close()
+
+
+@native_only  # aiohttp's client sends anything over a kept connection
+async def test_what_may_not_be_repeated_goes_over_a_new_connection_from_the_line_too(
+    between: Between, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "CONNECTIONS_PER_TARGET", 1)
+    goes_on, asked = asyncio.Event(), asyncio.Event()
+
+    async def talk(reader: Reader, writer: Writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        await goes_on.wait()
+        writer.write(OK)
+        await reader.readuntil(b"\r\n\r\n")  # and hangs up with the next one on the way
+
+    between.upstream.talk = talk
+    first = asyncio.ensure_future(between.ask("GET /proxy2/upstream/a"))
+    await asyncio.wait_for(asked.wait(), 10)
+    second = asyncio.ensure_future(between.ask("POST /proxy2/upstream/b", "Content-Length: 2", body=b"ab"))
+    await asyncio.sleep(0.05)
+    goes_on.set()
+    assert (await first)[1] == (await second)[1] == b"ok"
+    assert between.upstream.connections == 2

@@ -11,8 +11,8 @@ from lmcache_shared.address import TcpAddress
 from tests.frontend.upstream import Upstream, serving
 
 
-def told(value: bytes, *, skipped: str = "", name: bytes = b"Set-Cookie") -> list[bytes]:
-    wanted = ProxiedPath(TcpAddress("h", 1), skipped + "/x", "/proxy2/w", skipped)
+def told(value: bytes, *, skipped: str = "", name: bytes = b"Set-Cookie", path: str = "/x") -> list[bytes]:
+    wanted = ProxiedPath(TcpAddress("h", 1), skipped + path, "/proxy2/w", skipped)
     return [found for _, found in answer_fields([(name, value)], wanted)]
 
 
@@ -47,6 +47,15 @@ def test_nobody_but_the_frontend_says_who_has_signed_in(value: bytes) -> None:
 )
 def test_a_cookie_is_for_its_node(value: bytes, expected: bytes) -> None:
     assert told(value) == [expected]
+
+
+@pytest.mark.parametrize("value", [b"a=1", b"a=1; Path", b"a=1; path=", b"a=1; Path=x", b"a=1; Path=/; Path=."])
+def test_a_nodes_root_is_not_the_frontends(value: bytes) -> None:
+    for path in ("/", "/?path=/"):  # asked for as `/proxy2/w`, whose default is `/proxy2`
+        for skipped in ("", "/proxy2/w0"):
+            (found,) = told(value, path=path, skipped=skipped)
+            assert found.endswith(b"; Path=/proxy2/w/")
+    assert told(b"a=1; Path=/x", path="/") == [b"a=1; Path=/proxy2/w/x"]
 
 
 @pytest.mark.parametrize(

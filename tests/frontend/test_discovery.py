@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime, timedelta
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
+from lmcache_frontend.api.discovery_api import MAX_OF_ONE
 from lmcache_frontend.discovery import service as module
 from lmcache_frontend.discovery.heartbeat import Heartbeat
 from lmcache_frontend.discovery.service import DiscoveryService, Report, _report_of, _startup_time
@@ -281,6 +283,75 @@ async def test_who_may_report_whom(frontend_server: StartFrontend) -> None:
         )
         assert status == expected, (address, answer)
         assert expected == 200 or (f"--allow-target {address}" in answer["detail"] and "10.0.0.1" in answer["detail"])
+
+
+async def test_a_name_of_the_sender_is_kept_as_its_address(
+    frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zone = {
+        "me.example": ["10.0.0.1", "fd00::1"],
+        "other.example": ["10.0.0.2"],
+        "metadata.example": ["169.254.169.254"],
+        "here.example": ["127.0.0.1"],
+    }
+    real = socket.getaddrinfo
+
+    def look_up(host: Any, port: Any, *args: Any, **more: Any) -> Any:
+        if host not in zone:
+            return real(host, port, *args, **more)
+        return [found for number in zone[host] for found in real(number, port, *args, **more)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    frontend = await frontend_server()
+    for caller, name, expected in (
+        ("10.0.0.1", "me.example", 200),
+        ("fd00::1", "me.example", 200),
+        ("10.0.0.1", "other.example", 403),
+        ("10.0.0.1", "metadata.example", 403),
+        ("127.0.0.1", "here.example", 403),
+        ("unknown", "me.example", 403),
+        ("10.0.0.1", "0x0a000001", 403),
+    ):
+        params = {**BEAT, "api_address": f"http://{name}:8000"}
+        status, answer = await ask(frontend, "/heartbeat", params=params, headers={"X-Forwarded-For": caller})
+        assert status == expected, (name, answer)
+    zone["me.example"] = ["169.254.169.254"]
+    assert set(frontend.server.cluster.discovery.since()) == {"http://10.0.0.1:8000", "http://[fd00::1]:8000"}
+
+
+async def test_nobody_reports_through_another_frontend(frontend_server: StartFrontend) -> None:
+    token = "the-token-of-an-admin"
+    service = await frontend_server(no_trust_local=True, token=token)
+    rack = {"name": "rack", "host": "127.0.0.1", "port": service.server.address.port, "nodes": [], "token": token}
+    outer = await frontend_server(nodes=[rack])
+    for headers in ({"X-Forwarded-For": "10.0.0.1"}, {}):
+        for address in ("10.0.0.2:80", "10.0.0.1:80", "127.0.0.1:80"):
+            status, answer = await ask(
+                outer, "/proxy2/rack/heartbeat", params={"api_address": f"http://{address}"}, headers=headers
+            )
+            assert status in (400, 403), answer
+    assert service.server.cluster.discovery.since() == {}
+
+
+async def test_one_host_does_not_fill_the_room_of_all(frontend_server: StartFrontend) -> None:
+    frontend = await frontend_server(allow_target=["10.8.0.0/16:*"])
+
+    async def report(caller: str, address: str) -> int:
+        params = {**BEAT, "api_address": f"http://{address}"}
+        return (await ask(frontend, "/heartbeat", params=params, headers={"X-Forwarded-For": caller}))[0]
+
+    for port in range(MAX_OF_ONE):
+        assert await report("10.0.0.1", f"10.0.0.1:{8000 + port}") == 200
+        assert await report(f"fd00::{port + 1:x}", f"[fd00::{port + 1:x}]:8000") == 200
+        assert await report("10.8.0.1", f"10.8.0.1:{8000 + port}") == 200
+    for caller, address, expected in (
+        ("10.0.0.1", "10.0.0.1:9000", 403),
+        ("10.0.0.1", "10.0.0.1:8000", 200),
+        ("10.0.0.2", "10.0.0.2:9000", 200),
+        ("fd00::9000", "[fd00::9000]:8000", 403),
+        ("10.8.0.1", "10.8.0.1:9000", 200),
+    ):
+        assert await report(caller, address) == expected, address
 
 
 async def test_no_page_of_another_site_makes_a_proxy_known(frontend_server: StartFrontend) -> None:

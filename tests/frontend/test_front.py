@@ -1,8 +1,10 @@
 """The front of the server: what it serves itself, what it hands over, and that nobody can tell the two apart."""
 
 import asyncio
+import contextlib
 import json
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -12,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from lmcache_frontend import server
-from lmcache_frontend.proxy import fronted, limits, passing
+from lmcache_frontend.proxy import front, fronted, limits, passing
 from lmcache_frontend.proxy.front import MAX_PIPELINED_BYTES, Others
 from lmcache_frontend.proxy.head import MAX_HEAD_BYTES
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
@@ -48,6 +50,28 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
     monkeypatch.setattr(fronted, "handing_to", noting)
     return found
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[front._Connection]:
+    """The front's connections as they come."""
+    connections: list[front._Connection] = []
+    real = front.Front.came
+
+    def noting(self: front.Front, connection: front._Connection) -> None:
+        connections.append(connection)
+        real(self, connection)
+
+    monkeypatch.setattr(front.Front, "came", noting)
+    return connections
+
+
+def small_buffer(connection: front._Connection) -> asyncio.Transport:
+    """Have the kernel keep little of what is written to a connection."""
+    transport = connection.transport
+    assert transport is not None
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return transport
 
 
 @pytest.fixture
@@ -354,7 +378,7 @@ async def test_who_shows_a_token_or_changes_something_is_judged_each_time(
     port = frontend.server.address.port
     assert statuses(await raw(port, with_token * 3 + change * 3 + LAST)) == [b"200"] * 7
     assert passed_again == []
-    assert statuses(await raw(port, PROXIED * 3 + LAST)) == [b"200"] * 4
+    assert statuses(await raw(port, PROXIED * 4 + LAST)) == [b"200"] * 5
     assert passed_again == ["/proxy2/upstream/a"] * 2
     monkeypatch.setattr(passing, "JUDGED_SECONDS", 0.0)
     assert statuses(await raw(port, PROXIED * 3 + LAST)) == [b"200"] * 4
@@ -447,3 +471,106 @@ async def test_requests_in_flight_may_end_when_the_server_stops(
         except ConnectionResetError:
             answer = b""
         assert statuses(answer) == ([b"200"] if takes < 1 else [])
+
+
+async def test_the_server_stops_within_its_time_whoever_holds_it_up(
+    frontend: RunningFrontend, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def talk(reader: Reader, writer: Writer) -> None:
+        nonlocal asked
+        await reader.readuntil(b"\r\n\r\n")
+        asked += 1
+        await asyncio.sleep(60)
+
+    upstream.talk = talk
+    writers = []
+    for request in (PROXIED, PROXIED[:-2] + b"Cookie: a=b\r\n\r\n"):  # this one by aiohttp's server
+        _, writer = await asyncio.open_connection("127.0.0.1", frontend.server.address.port)
+        writer.write(request)
+        writers.append(writer)
+    await until(lambda: asked == 2)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await frontend.server.stop()
+    assert server.DRAIN_SECONDS / 2 < loop.time() - began < server.DRAIN_SECONDS * 1.3
+    for writer in writers:
+        writer.close()
+
+
+# -- callers that do not read
+
+
+async def test_nothing_piles_up_for_who_does_not_read(
+    frontend: RunningFrontend, found: list[front._Connection]
+) -> None:
+    """Neither its requests nor the answers; not even of refusals, which no target holds back."""
+    refused = b"GET /proxy2/nobody/a HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
+    loop = asyncio.get_running_loop()
+    with socket.socket() as late:
+        late.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        late.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        late.setblocking(False)
+        await loop.sock_connect(late, ("127.0.0.1", frontend.server.address.port))
+        await until(lambda: found)
+        transport = small_buffer(found[0])
+        most = 0
+        deadline = time.monotonic() + 10
+        while not found[0].writing_paused and time.monotonic() < deadline:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(loop.sock_sendall(late, refused), 0.02)
+            most = max(most, len(found[0]._pending))
+        await asyncio.sleep(0.1)
+        assert most <= MAX_PIPELINED_BYTES + (256 << 10)  # and what is read at once
+        assert transport.get_write_buffer_size() < 128 << 10
+        assert found[0].writing_paused
+
+
+async def test_who_leaves_while_it_is_not_read_ends_its_request(frontend: RunningFrontend, upstream: Upstream) -> None:
+    seen: list[str] = []
+
+    async def talk(reader: Reader, writer: Writer) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        seen.append("asked")
+        await reader.read()
+        seen.append("left")
+
+    upstream.talk = talk
+    _, writer = await asyncio.open_connection("127.0.0.1", frontend.server.address.port)
+    writer.write(PROXIED)
+    await until(lambda: seen)
+    writer.write(PROXIED * (2 * MAX_PIPELINED_BYTES // len(PROXIED)))
+    await asyncio.sleep(0.05)
+    writer.close()
+    await until(lambda: len(seen) == 2)
+
+
+@pytest.mark.parametrize("by_aiohttps", [False, True])
+async def test_who_never_reads_the_last_of_an_answer_is_cut_off(
+    upstream: Upstream,
+    frontend_server: StartFrontend,
+    found: list[front._Connection],
+    monkeypatch: pytest.MonkeyPatch,
+    by_aiohttps: bool,
+) -> None:
+    """What waits here is too little for the request to wait for it."""
+    monkeypatch.setattr(limits, "IDLE_SECONDS", 0.5)
+    upstream.answer = b"HTTP/1.1 200 OK\r\nContent-Length: 20000\r\n\r\n" + bytes(20_000)
+    frontend = await frontend_server(nodes=[upstream.node])
+    loop = asyncio.get_running_loop()
+    with socket.socket() as late:
+        late.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        late.setblocking(False)
+        await loop.sock_connect(late, ("127.0.0.1", frontend.server.address.port))
+        request = PROXIED[:-2] + (b"Cookie: a=b\r\n\r\n" if by_aiohttps else b"\r\n")
+        await until(lambda: found)
+        transport = found[0].transport
+        assert transport is not None
+        while not transport.get_write_buffer_size() and not transport.is_closing():
+            count = len(upstream.heads)
+            with contextlib.suppress(ConnectionError):
+                await loop.sock_sendall(late, request)
+            await until(lambda count=count: len(upstream.heads) > count or transport.is_closing())  # type: ignore[misc]
+            await asyncio.sleep(0.005)
+        await until(transport.is_closing)

@@ -432,12 +432,18 @@ def refusing(status: int, body: bytes = b"", headers: bytes = b"") -> bytes:
     ("answer", "through", "problem"),
     [
         (refusing(403), (), "p answers 403: it does not let the node be reached"),
+        (refusing(401), (), "p answers 401: it asks for a token, or for another one, as token in its entry"),
         (refusing(404, GONE), (), "p no longer has it"),
         (refusing(404, GONE), ("far",), "p no longer has it"),
         (refusing(404, GONE, SANDBOX), ("far", "further"), "a frontend behind p no longer has it"),
         (refusing(409, b'{"detail":"2 nodes are named \'w\'; ask for /x"}'), (), "p has several nodes of its name"),
         (refusing(404), ("far",), "p answers 404"),
         (refusing(504, LATE), (), "p answers 504: Connection to socket /s timed out"),
+        (
+            refusing(502, b'{"detail":"no /s","reason":"Connection refused"}'),
+            (),
+            "p answers 502: no /s: Connection refused",
+        ),
         (refusing(500, b'{"detail":"a\\u001b\\ud800%s"}' % (b"x" * 999)), (), f"p answers 500: a??{'x' * 147}…"),
         (refusing(503, b"", SANDBOX), ("far",), "answers 503"),
         (refusing(404), (), None),
@@ -457,6 +463,20 @@ async def test_what_a_frontend_on_the_way_says_is_no_answer_of_the_node(
             (found,) = board.all()
             assert (found.state, found.problem) == ("down" if problem else "up", problem)
         assert upstream.heads[0].startswith(b"GET /proxy2/worker0/version HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize("headers", [b"", SANDBOX])
+async def test_a_node_that_wants_a_token_is_up_and_says_so(headers: bytes) -> None:
+    async with serving(Upstream(refusing(401, b'{"detail":"x"}', headers))) as upstream:
+        asked = node(upstream.port, "w")
+        if headers:  # the frontend between has it from the node
+            way = Reach(TcpAddress("127.0.0.1", upstream.port), "/proxy2/w")
+            asked = Node("w", "x", "/s", UnixAddress("/s"), path="/proxy2/w", through=("far",), via=way)
+        async with board_of(asked) as board:
+            assert await board.settled(5)
+            (found,) = board.all()
+            assert found.state == "up"
+            assert found.problem == "answers 401: it asks for a token, or for another one, as token in its entry"
 
 
 async def test_what_a_node_itself_says_of_a_frontend_counts_as_its_answer() -> None:

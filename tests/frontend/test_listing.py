@@ -62,6 +62,49 @@ async def test_nodes_stand_by_instance_and_model(api_server: StartApi, frontend_
         assert re.findall(r'data-key="([^"]*)"', await response.text()) == ["standalone_model"]
 
 
+async def groups(frontend: RunningFrontend, query: str) -> list[str]:
+    async with frontend.client.get(f"/nodes{query}") as response:
+        assert response.status == 200
+        return re.findall(r'data-key="([^"]*)"', await response.text())
+
+
+async def test_nodes_stand_by_what_they_say_of_a_label(
+    api_server: StartApi, frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RACK", "<r1>")
+    nodes = [(await api_server(worker_id=i, tcp=True, chunk_size=256 << (i == 2))).node for i in range(3)]
+    gone = {"name": "gone", "host": "127.0.0.1", "port": 1}
+    frontend = await frontend_server(nodes=[*nodes, gone], token="a" * 16)
+    await settled(frontend)
+    assert await groups(frontend, "?group=label&label=conf:chunk_size") == ["256", "512", "does not tell"]
+    assert await groups(frontend, "?group=label&label=conf:chunk_size&only=512") == ["512"]
+    assert await names(frontend, "?group=label&label=conf:chunk_size&only=512") == [nodes[2]["name"]]
+    assert await groups(frontend, "?group=label&label=env:RACK") == ["&lt;r1&gt;", "does not tell"]
+    assert await groups(frontend, "?group=label&label=meta:nope") == ["does not tell", "not set"]
+    assert await groups(frontend, "?group=host&only=127.0.0.1") == ["127.0.0.1"]
+    for nonsense in ("", "RACK", "env:", "path:/x", "x" * 5000):
+        async with frontend.client.get("/", params={"group": "label", "label": nonsense}) as response:
+            assert "Write which label: conf:NAME" in await response.text()
+
+
+async def test_the_environment_is_for_admins_also_as_a_label(
+    api_server: StartApi, frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RACK", "rack-of-mine")
+    worker = await api_server(tcp=True)
+    frontend = await frontend_server(nodes=[worker.node], token="a" * 16, no_trust_local=True)
+    await settled(frontend)
+    query = "/?group=label&label=env:RACK"
+    for _ in range(2):  # in turns: what one role was told is kept for that role alone
+        async with frontend.client.get(query, headers={"Authorization": f"Bearer {'a' * 16}"}) as response:
+            assert "rack-of-mine" in await response.text()
+        async with frontend.client.get(query) as response:
+            text = await response.text()
+        assert "rack-of-mine" not in text
+        assert "1 of 1 nodes refuse to tell you" in text
+        assert '<a href="/sign-in">Sign in</a>' in text
+
+
 async def test_a_part_is_the_same_address(frontend: RunningFrontend) -> None:
     async with frontend.client.get("/?q=n299", headers={"HX-Request": "true"}) as response:
         text = await response.text()

@@ -34,7 +34,9 @@ async def test_refusals_of_the_proxy_as_recorded(frontend_server: StartFrontend)
     for name in ("GET /proxy2/nope/version", "GET /proxy/localhost/%252Ftmp%252Fno_such_socket/version"):
         exchange = exchanges[name]
         async with frontend.client.get(frontend.url + exchange.path.replace("%252F", "%2F")) as response:
-            assert (response.status, await response.json()) == (exchange.status, exchange.body)
+            said = await response.json()
+            said.pop("reason", None)  # ours: why there is no connection
+            assert (response.status, said) == (exchange.status, exchange.body)
     refused = exchanges["GET /proxy/127.0.0.1/1/version"]
     headers = {"X-Forwarded-For": "10.0.0.1"}  # a caller on this machine itself may reach its ports
     async with frontend.client.get(refused.path, headers=headers) as response:

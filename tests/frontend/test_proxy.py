@@ -141,7 +141,7 @@ async def test_header_fields_of_a_request(frontend_server: StartFrontend) -> Non
             "Cookie: a=b",
             f"Host: 127.0.0.1:{upstream.port}",
             "Via: 1.0 first, 1.1 lmcache-frontend",
-            "X-Forwarded-For: 127.0.0.1",
+            "X-Forwarded-For: unknown, 127.0.0.1",  # `Via` shows somebody else
             "X-Forwarded-Host: localhost",
             "X-Forwarded-Prefix: /proxy2/upstream",
             "X-Forwarded-Proto: http",
@@ -170,8 +170,8 @@ async def test_header_fields_of_an_answer(frontend_server: StartFrontend) -> Non
             "Date: Thu, 01 Jan 1970 00:00:00 GMT",
             "HTTP/1.1 207 Odd Words",
             "Server: theirs",
-            "Set-Cookie: a=1",
-            "Set-Cookie: b=2",
+            "Set-Cookie: a=1; Path=/proxy2/upstream/",
+            "Set-Cookie: b=2; Path=/proxy2/upstream/",
             "X-Content-Type-Options: nosniff",
         ]
 
@@ -366,10 +366,10 @@ async def test_nobody_there_is_a_502(frontend_server: StartFrontend, tmp_path: P
     ]
     frontend = await frontend_for(frontend_server, *nodes)
     async with frontend.client.get("/proxy2/tcp/") as response:
-        detail = {"detail": f"Failed to connect to target service 127.0.0.1:{port}"}
+        detail = {"detail": f"Failed to connect to target service 127.0.0.1:{port}", "reason": "Connection refused"}
         assert (response.status, await response.json()) == (502, detail)
     async with frontend.client.get("/proxy2/unix/") as response:
-        detail = {"detail": f"Failed to connect to socket: {tmp_path}/s"}
+        detail = {"detail": f"Failed to connect to socket: {tmp_path}/s", "reason": "No such file or directory"}
         assert (response.status, await response.json()) == (502, detail)
 
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Node, Proxy, Reach
-from lmcache_frontend.nodes.registry import NEIGHBOURS, Registry
+from lmcache_frontend.nodes.registry import NEIGHBOURS, Registry, view_of
+from lmcache_frontend.workers.snapshot import decoded, encoded
 from lmcache_shared.address import TcpAddress, tcp_address
 
 
@@ -96,6 +97,18 @@ def test_what_was_found_and_tells_of_no_nodes_is_itself_the_leaf(registry: Regis
     assert names(registry) == {"proxy_10.0.0.9_8000": ["w"]}
     registry.publish_by_hand([], [("proxy_10.0.0.9_8000", "w")])
     assert names(registry) == {"proxy_10.0.0.9_8000": []}
+
+
+def test_who_was_found_takes_no_address_of_another_host(registry: Registry) -> None:
+    registry.publish("heartbeats", [head("found", found=True)])  # at 10.0.0.9: anybody can report himself
+    registry.publish_neighbours(
+        "found", [node("w", 7000, "10.0.0.1", path="/w"), node("v", 7000, "10.0.0.9", path="/v")]
+    )
+    assert registry.find("w") == Reach(TcpAddress("10.0.0.9", 8000), "/w")
+    assert registry.at(TcpAddress("10.0.0.9", 7000)) == Reach(TcpAddress("10.0.0.9", 8000), "/v")
+    for view in (view_of(tuple(registry.proxies())), view_of(decoded(encoded(registry.proxies())))):
+        assert TcpAddress("10.0.0.1", 7000) not in view.by_address
+        assert TcpAddress("10.0.0.9", 7000) in view.by_address
 
 
 def test_a_told_node_is_reached_through_its_proxy(registry: Registry) -> None:

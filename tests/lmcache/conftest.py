@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 import pytest_asyncio
 
+from tests.e2e.conftest import browser  # noqa: F401 - a fixture
 from tests.lmcache.processes import (
     Engine,
     Host,

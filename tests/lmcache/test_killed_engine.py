@@ -28,11 +28,13 @@ async def dashboard_says(frontend: aiohttp.ClientSession, text: str) -> str:
 
 
 async def assert_unreachable(frontend: aiohttp.ClientSession, path: Path) -> None:
-    """LMCache's frontend says it in these words."""
+    """LMCache's frontend says it in these words; the reason is ours."""
     for proxied in (f"/proxy2/{NODE}", *(f"/proxy/localhost/{quote_socket(str(path), times=n)}" for n in (1, 2))):
         answer = await ask(frontend, "GET", f"{proxied}/version")
         assert (answer.status, answer.media_type) == (502, "application/json")
-        assert answer.json() == {"detail": f"Failed to connect to socket: {path}"}
+        said = answer.json()
+        assert said.pop("reason") in ("Connection refused", "No such file or directory")
+        assert said == {"detail": f"Failed to connect to socket: {path}"}
 
 
 async def test_the_frontend_tells_that_an_engine_is_gone_and_that_it_is_back(lmcache_python: str) -> None:
@@ -42,15 +44,14 @@ async def test_the_frontend_tells_that_an_engine_is_gone_and_that_it_is_back(lmc
             async with client_of(url) as frontend:
                 with running_host(lmcache_python, folder) as host:
                     assert host.theirs == path
-                    page = await dashboard_says(frontend, "1 of 1 nodes up")
-                    assert '<tr class="up">' in page
+                    await dashboard_says(frontend, "1 of 1 nodes up")
                     assert (await ask(frontend, "GET", f"/proxy2/{NODE}/version")).status == 200
                     host.kill()
 
                 assert path.is_socket(), "a killed engine leaves its socket behind"
                 await assert_unreachable(frontend, path)
                 page = await dashboard_says(frontend, "0 of 1 nodes up")
-                assert '<tr class="down">' in page
+                assert "1 down" in page
                 assert NODE in page
 
                 # Both servers take over the sockets that the killed process left.

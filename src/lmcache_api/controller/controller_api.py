@@ -6,6 +6,7 @@ from aiohttp import web
 
 from lmcache_api.component import WorkerReport
 from lmcache_api.orchestration import ask, controller_of
+from lmcache_shared.access.roles import Role, needs
 from lmcache_shared.errors import Refusal
 from lmcache_shared.responses import json_response
 from lmcache_shared.schema import parse_body, parse_query
@@ -44,8 +45,12 @@ async def workers(request: web.Request) -> web.Response:
 
 
 @router.post("/controller/workers")
+@needs(Role.ADMIN)
 async def report(request: web.Request) -> web.Response:
-    """A worker of the embedded engine tells that it is there and how many keys it holds; the answer says how often."""
+    """A worker of the embedded engine tells that it is there and how many keys it holds; the answer says how often.
+
+    For an admin: whoever is registered is shown the deployment's token when it is asked something.
+    """
     controller = controller_of(request)
     body = await parse_body(request, WorkerReport, max_bytes=MAX_REPORT_BYTES)
     return json_response(await ask(request, controller.report(body, _caller(request))))

@@ -441,7 +441,7 @@ def _event_id(prefix: str) -> str:
 
 
 def _token_for(address: Address, settings: Settings) -> str | None:
-    """The deployment's token, for workers that ask for it: they had to show it to be registered.
+    """The deployment's token, for workers that ask for it: they had to show an admin's to be registered.
 
     A worker on this machine that trusts its callers needs none, and may be somebody else's process.
     """

@@ -6,7 +6,6 @@ from aiohttp import web
 
 from lmcache_frontend.nodes.node import Node, Proxy, read_one
 from lmcache_shared.errors import ConfigError, Refusal
-from lmcache_shared.responses import json_response
 from lmcache_shared.schema import read_body
 
 
@@ -14,11 +13,7 @@ class InvalidForm(Refusal):
     """A body that is none: LMCache's words as `detail`, and why as `reason`."""
 
     def __init__(self, detail: str, reason: str) -> None:
-        super().__init__(400, detail)
-        self.reason = reason
-
-    def response(self) -> web.Response:
-        return json_response({"detail": self.detail, "reason": self.reason}, status=self.status)
+        super().__init__(400, detail, reason=reason)
 
 
 async def read_form(request: web.Request, otherwise: str) -> Node | Proxy:

@@ -338,7 +338,11 @@ class Registry:
 
 
 def view_of(proxies: tuple[Proxy, ...]) -> View:
-    """The proxies and their nodes by name and address."""
+    """The proxies and their nodes by name and address.
+
+    Who was found by its address alone is believed about addresses of its own host: what is asked of another one by its
+    address does not go to whoever says that it knows the way.
+    """
     named: dict[str, list[Known]] = {}
     by_address: dict[Address, Reach] = {}
     for proxy in proxies:
@@ -348,7 +352,11 @@ def view_of(proxies: tuple[Proxy, ...]) -> View:
                 by_address[node.address] = node.reach
     for proxy in proxies:
         for node in proxy.nodes:
-            if isinstance(node.address, TcpAddress) and not node.address.is_loopback:
+            if (
+                isinstance(node.address, TcpAddress)
+                and not node.address.is_loopback
+                and _is_believed(proxy, node.address)
+            ):
                 by_address.setdefault(node.address, node.reach)
     by_name = {name: _meant(known) for name, known in named.items()}
     for proxy in proxies:
@@ -360,6 +368,10 @@ def view_of(proxies: tuple[Proxy, ...]) -> View:
     tokens = {node.address: node.token for node in nodes.values() if node.token is not None and node.via is None}
     tokens.update({proxy.address: proxy.token for proxy in proxies if proxy.token is not None})
     return View(proxies, nodes, by_name, by_address, frozenset(direct), tokens)
+
+
+def _is_believed(proxy: Proxy, address: TcpAddress) -> bool:
+    return not proxy.found or (isinstance(proxy.address, TcpAddress) and proxy.address.host == address.host)
 
 
 def _way(proxy: Proxy, node: Node) -> Reach | None:

@@ -18,8 +18,14 @@ Values = Mapping[str, float | None]
 HIT_RATES = ("lookup_hit_rate", "hit_rate")
 """The first that is known is shown: of what vLLM retrieves nearly all is there, whatever the cache has."""
 
+HIT_RATE_PARTS = tuple(of for name in HIT_RATES if (of := SERIES[name].of) is not None)
+"""Of what each is the ratio."""
+
 TREND_POINTS = 90
 """Of a small picture: more would not be seen."""
+
+SPARK_POINTS = 60
+"""Five minutes."""
 
 EVENTS = 50
 
@@ -65,14 +71,21 @@ class Figures:
         age = self._history.age(latest)
         return latest.values, age if age is not None and age > OLD_ROUNDS * self._history.interval else None
 
+    def started(self, proxy: str, node: str) -> float | None:
+        """When a node's process began, where its metrics tell."""
+        latest = self._latest.get((proxy, node))
+        return None if latest is None or not latest.started else latest.started
+
     def total(self) -> Values:
         """The cluster's."""
         latest = self._history.latest(None)
         return {} if latest is None else latest.values
 
-    def sparklines(self, series: str, keys: Iterable[NodeKey]) -> Mapping[NodeKey, Sequence[float | None]]:
-        """The last five minutes of a series for each of these nodes."""
-        return self._history.sparklines(series, keys)
+    def sparklines(
+        self, series: str, keys: Iterable[NodeKey], points: int = SPARK_POINTS
+    ) -> Mapping[NodeKey, Sequence[float | None]]:
+        """The newest slots of a series for each of these nodes."""
+        return self._history.sparklines(series, keys, points)
 
     def frame(self, series: Sequence[str], key: NodeKey | None = None, points: int = TREND_POINTS) -> Frame | None:
         """The chosen time of a node, or of the cluster; `None` where nothing is kept of it."""

@@ -241,7 +241,7 @@ class Gatherer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _shelf(self, request: web.Request, subject: Subject) -> _Shelf:
-        key = (subject.name, _whose(request))
+        key = (subject.name, whose(request))
         shelf = self._shelves.setdefault(key, _Shelf())
         self._shelves.move_to_end(key)
         while len(self._shelves) > MAX_SHELVES:
@@ -320,7 +320,7 @@ def _short(text: str) -> str:
     return f"{text[:MAX_VALUE]}… ({len(text)} characters, sha256 {digest})"
 
 
-def _whose(request: web.Request) -> Hashable:
+def whose(request: web.Request) -> Hashable:
     """What decides what a node tells a caller: its role, whether it is here, and a token for the nodes themselves."""
     caller = caller_of(request)
     own = None if caller.by_token else bearer_token(request)

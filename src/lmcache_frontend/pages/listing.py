@@ -13,13 +13,19 @@ from aiohttp import web
 
 from lmcache_frontend.app import HEALTH, NEIGHBOURS, REGISTRY
 from lmcache_frontend.nodes.node import LOCAL_PROXY, Proxy
-from lmcache_frontend.pages.figures import DEFAULT_RANGE, Figures, hit_rate_of
+from lmcache_frontend.pages.figures import DEFAULT_RANGE, HIT_RATE_PARTS, Figures, hit_rate_of
 from lmcache_frontend.pages.paths import node_path
 from lmcache_frontend.telemetry.health.states import STATES, NodeHealth
 from lmcache_frontend.telemetry.history.ranges import RANGES
 
 MAX_TEXT = 100
 """Characters of a search."""
+
+MAX_TITLE = 200
+"""Characters of a group's title."""
+
+MAX_GROUPS = 50
+"""Where there are more, those without a node on the page are not shown."""
 
 PAGE_NODES = 120
 """Of one page: what a browser renews in a fraction of the time in which a reader would notice."""
@@ -30,12 +36,15 @@ _ROLES = ("scheduler", "worker", "controller")
 
 @dataclass(frozen=True)
 class Row:
-    """A node as a page shows it; `figures` are the newest values by series."""
+    """A node as a page shows it; `figures` are the newest values by series, `label` what it says of the label that is
+    asked for.
+    """
 
     health: NodeHealth
     stale: bool
     figures: Mapping[str, float | None]
     age: float | None = None
+    label: str = ""
 
     @property
     def name(self) -> str:
@@ -53,18 +62,25 @@ class Row:
     def hit_rate(self) -> float | None:
         return hit_rate_of(self.figures)
 
+    @property
+    def seconds(self) -> float | None:
+        """How long its last answer took."""
+        return None if self.health.milliseconds is None else self.health.milliseconds / 1000
+
     def value(self, series: str) -> float | None:
         return self.figures.get(series)
 
 
 GROUPS: Mapping[str, tuple[str, Callable[[Row], str]]] = {
     "frontend": ("Frontend", lambda row: "this frontend" if row.health.proxy == LOCAL_PROXY else row.health.proxy),
-    "instance": ("Instance", lambda row: row.health.instance or "unknown instance"),
-    "model": ("Model", lambda row: row.health.model or "unknown model"),
+    "instance": ("Instance", lambda row: (row.health.instance or "unknown instance")[:MAX_TITLE]),
+    "model": ("Model", lambda row: (row.health.model or "unknown model")[:MAX_TITLE]),
     "role": ("Role", lambda row: row.health.role or "unknown role"),
     "version": ("Version", lambda row: row.health.version or "unknown version"),
     "state": ("State", lambda row: row.health.state),
+    "host": ("Host", lambda row: row.health.node.host),
     "source": ("Source", lambda row: row.health.node.source or "unknown source"),
+    "label": ("Label …", lambda row: row.label),
     "none": ("Nothing", lambda row: ""),
 }
 """By what nodes can be put together: its title, and the group of a node."""
@@ -123,12 +139,17 @@ def _stamp(row: Row) -> float:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a page's address asks for; what it does not know is left at its default."""
+    """What a page's address asks for; what it does not know is left at its default.
+
+    `label` is by what the group `label` puts nodes together (labels.py); `only` is the title of the one group to show.
+    """
 
     q: str = ""
     state: str = ""
     role: str = ""
     group: str = "frontend"
+    label: str = ""
+    only: str = ""
     sort: str = "state"
     range: str = DEFAULT_RANGE
     page: int = 1
@@ -146,10 +167,18 @@ class Choice:
             state=asked("state", "") if asked("state", "") in STATES or asked("state", "") == "unhealthy" else "",
             role=asked("role", "")[:MAX_TEXT],
             group=group if group in GROUPS else cls.group,
+            label=asked("label", "").strip()[:MAX_TEXT] if group == "label" else "",
+            only=asked("only", "")[:MAX_TITLE],
             sort=sort if sort in SORTS else cls.sort,
             range=span if (span := asked("range", "")) in RANGES else DEFAULT_RANGE,
             page=int(page) if page.isascii() and page.isdigit() and 0 < len(page) < 6 and int(page) else 1,
         )
+
+    @property
+    def title(self) -> str:
+        """What the chosen nodes have in common, for the window's title."""
+        told = [self.state, self.role, self.only, f"“{self.q}”" if self.q else ""]
+        return ", ".join(filter(None, told))
 
     def but(self, **changes: object) -> str:
         """The query of the same choice with something else chosen; a new choice begins at its first page."""
@@ -157,7 +186,7 @@ class Choice:
         default = Choice()
         asked = {
             name: getattr(other, name)
-            for name in ("q", "state", "role", "group", "sort", "range", "page")
+            for name in ("q", "state", "role", "group", "label", "only", "sort", "range", "page")
             if getattr(other, name) != getattr(default, name)
         }
         return "?" + urlencode(asked) if asked else "?"
@@ -187,6 +216,7 @@ class Group:
         states: of all of them in their order, where not all are shown.
         proxy: the frontend that they belong to, where they are grouped by that.
         problem: why that one does not tell of its nodes.
+        hit_rate, requested: of all its nodes together; the first weighs each node by its tokens.
     """
 
     title: str
@@ -195,6 +225,8 @@ class Group:
     states: Sequence[str] = ()
     proxy: Proxy | None = None
     problem: str | None = None
+    hit_rate: float | None = None
+    requested: float | None = None
 
     @property
     def total(self) -> int:
@@ -207,7 +239,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Listing:
-    """The nodes of a page, and what there is beside them."""
+    """The nodes of a page, and what there is beside them; `everything` is what the filter chose from."""
 
     choice: Choice
     groups: Sequence[Group]
@@ -220,6 +252,7 @@ class Listing:
     roles: Sequence[str]
     first: int = 0
     last: int = 0
+    everything: Sequence[Row] = ()
     sorts: Mapping[str, str] = field(default_factory=lambda: {name: title for name, (title, _) in SORTS.items()})
     groupings: Mapping[str, str] = field(default_factory=lambda: {name: title for name, (title, _) in GROUPS.items()})
 
@@ -232,22 +265,37 @@ class Listing:
         return [row for group in self.groups for row in group.rows]
 
 
-def listing(app: web.Application, choice: Choice, figures: Figures, page_nodes: int = PAGE_NODES) -> Listing:
-    """The nodes that are chosen, grouped, sorted, and of them one page."""
+def listing(
+    app: web.Application,
+    choice: Choice,
+    figures: Figures,
+    page_nodes: int = PAGE_NODES,
+    labels: Mapping[tuple[str, str], str] | None = None,
+) -> Listing:
+    """The nodes that are chosen, grouped, sorted, and of them one page; `labels` are theirs by their keys."""
     by_proxy = list(app[HEALTH].by_proxy())
     rows = [
-        Row(health, proxy.stale or health.node.stale, *figures.of(proxy.name, health.node.name))
+        Row(
+            health,
+            proxy.stale or health.node.stale,
+            *figures.of(proxy.name, health.node.name),
+            label=(labels or {}).get((proxy.name, health.node.name), ""),
+        )
         for proxy, found in by_proxy
         for health in found
     ]
     counts = _counts(rows)
     chosen = sorted(filter(choice.takes, rows), key=SORTS[choice.sort][1])
     group_of = GROUPS[choice.group][1]
+    if choice.only:
+        chosen = [row for row in chosen if group_of(row) == choice.only]
     grouped: dict[str, list[Row]] = {}
     for row in chosen:
         grouped.setdefault(group_of(row), []).append(row)
     proxies = {_title(proxy): proxy for proxy, _ in by_proxy} if choice.group == "frontend" else {}
-    if choice == replace(Choice(), group=choice.group, sort=choice.sort, range=choice.range, page=choice.page):
+    if choice == replace(
+        Choice(), label=choice.label, group=choice.group, sort=choice.sort, range=choice.range, page=choice.page
+    ):
         for title in proxies:  # one without nodes is told of where nothing was asked for
             grouped.setdefault(title, [])
     pages = max(1, -(-len(chosen) // page_nodes))
@@ -261,13 +309,16 @@ def listing(app: web.Application, choice: Choice, figures: Figures, page_nodes: 
         states = [row.health.state for row in members] if len(shown) < len(members) else ()
         proxy = proxies.get(title)
         problem = None if proxy is None or proxy.name == LOCAL_PROXY else _problem(app, proxy)
-        groups.append(Group(title, shown, _counts(members), states, proxy, problem))
+        hit_rate, requested = _together(members)
+        groups.append(Group(title, shown, _counts(members), states, proxy, problem, hit_rate, requested))
+    if len(groups) > MAX_GROUPS:
+        groups = [group for group in groups if group.rows]
     stale = sum(row.stale for row in rows)
     silent = sum(_problem(app, proxy) is not None for proxy, _ in by_proxy if proxy.name != LOCAL_PROXY)
     last = min(first + page_nodes, len(chosen))
     roles = sorted({row.health.role or "unknown" for row in rows})
     choice = replace(choice, page=page)
-    return Listing(choice, groups, counts, len(rows), len(chosen), stale, silent, pages, roles, first + 1, last)
+    return Listing(choice, groups, counts, len(rows), len(chosen), stale, silent, pages, roles, first + 1, last, rows)
 
 
 def _title(proxy: Proxy) -> str:
@@ -283,6 +334,19 @@ def _counts(rows: Sequence[Row]) -> dict[str, int]:
     for row in rows:
         counts[row.health.state] += 1
     return counts
+
+
+def _together(rows: Sequence[Row]) -> tuple[float | None, float | None]:
+    """The hit rate and the requested tokens of several nodes."""
+    rate = None
+    for part, whole in HIT_RATE_PARTS:
+        told = [(row.value(part), row.value(whole)) for row in rows]
+        known = [(hits, asked) for hits, asked in told if hits is not None and asked]
+        if known:
+            rate = sum(hits for hits, _ in known) / sum(asked for _, asked in known)
+            break
+    requested = [value for row in rows if (value := row.value("requested_tokens")) is not None]
+    return rate, sum(requested) if requested else None
 
 
 def _in_order(grouped: dict[str, list[Row]], by: str) -> list[tuple[str, list[Row]]]:

@@ -6,6 +6,7 @@ What a caller needs is told by what a tab asks the node (`asking.py`), as with t
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Sequence
 
 from aiohttp import web
@@ -15,6 +16,7 @@ from lmcache_frontend.pages import rendering, tabs
 from lmcache_frontend.pages.abilities import ABILITIES, Abilities
 from lmcache_frontend.pages.changed_levels import CHANGED_LEVELS, ChangedLevels
 from lmcache_frontend.pages.confirming import plan_page, read_form, result_page
+from lmcache_frontend.pages.figures import Figures
 from lmcache_frontend.pages.paths import name_of
 from lmcache_frontend.pages.tabs import Tab, View
 from lmcache_shared.access.roles import Role, needs
@@ -68,12 +70,19 @@ async def _tab_page(request: web.Request, tab: Tab) -> web.Response:
         "tab": tab,
         "tabs": await request.app[ABILITIES].tabs(view, known),
         "query": request.query,
+        "process_seconds": _process_seconds(view),
         "address": request.path_qs,
         "now": datetime.datetime.now().astimezone(),
         **await tab.show(view),
     }
     part = await rendering.text_in_slices(request.app, "node_part.html", context)
     return await rendering.show(request, "node.html", context, part=part)
+
+
+def _process_seconds(view: View) -> float | None:
+    """How long the node's process has been running, where that is known and it answers."""
+    started = Figures(view.request.app).started(view.proxy, view.node.name) if view.health.answers else None
+    return None if started is None else max(0.0, time.time() - started)
 
 
 def _view(request: web.Request) -> View:

@@ -14,7 +14,10 @@ from aiohttp import web
 
 from lmcache_frontend.app import BY_HAND, HEALTH, SOURCES
 from lmcache_frontend.pages import rendering
+from lmcache_frontend.pages.attention import attention
 from lmcache_frontend.pages.figures import Figures
+from lmcache_frontend.pages.gathering import whose
+from lmcache_frontend.pages.labels import SUGGESTED, Labels, labels
 from lmcache_frontend.pages.listing import Choice, listing, revision
 from lmcache_frontend.pages.views import VIEWS, Views
 from lmcache_frontend.telemetry.health.states import STATES
@@ -57,17 +60,20 @@ async def _shown(request: web.Request, template: str, part_template: str) -> web
     app, choice = request.app, Choice.of(request)
     await app[HEALTH].settled(FIRST_SECONDS)
     figures = Figures(app, choice.range)
-    shows = (revision(app), figures.revision, notices(app))
-    part = await app[VIEWS].get(app, part_template, choice, shows, lambda: _context(app, choice, figures))
+    labelled = await labels(request, choice.label) if choice.group == "label" else Labels()
+    shows = (revision(app), figures.revision, notices(app), labelled.revision)
+    key = (choice, labelled.revision and whose(request), labelled.problem)  # what a role is told is for that role
+    part = await app[VIEWS].get(app, part_template, key, shows, lambda: _context(app, choice, figures, labelled))
     return await rendering.show(request, template, {"choice": choice, "counts": app[HEALTH].counts()}, part=part)
 
 
-def _context(app: web.Application, choice: Choice, figures: Figures) -> Mapping[str, object]:
-    found = listing(app, choice, figures)
+def _context(app: web.Application, choice: Choice, figures: Figures, labelled: Labels) -> Mapping[str, object]:
+    found = listing(app, choice, figures, labels=labelled.texts)
     sparks = figures.sparklines("load", [row.key for row in found.rows])
     return {
         "listing": found,
         "choice": found.choice,
+        "attention": attention(found.everything, figures),
         "states": tuple(reversed(STATES)),
         "total": figures.total(),
         "trends": figures.trends(),
@@ -77,6 +83,8 @@ def _context(app: web.Application, choice: Choice, figures: Figures) -> Mapping[
         "sparks": sparks,
         "spark_high": max((value for values in sparks.values() for value in values if value is not None), default=0.0),
         "notices": notices(app),
+        "labelled": labelled,
+        "suggested": SUGGESTED,
         "now": datetime.datetime.now().astimezone(),
     }
 

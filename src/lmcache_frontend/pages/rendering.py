@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from lmcache_frontend.pages import drawing, wording
 from lmcache_frontend.pages.paths import node_path
+from lmcache_shared.access.browser import came_from, with_next
 from lmcache_shared.access.gate import CALLER
 from lmcache_shared.version import VERSION
 
@@ -72,6 +73,7 @@ async def show(
     if part and wants_part(request):
         return page(part, status)
     told = {
+        "sign_in": sign_in_path(request),
         **context,
         "caller": request.get(CALLER),
         "here": request.path,
@@ -79,6 +81,11 @@ async def show(
         "part": Markup(part),  # noqa: S704 - a template made it
     }
     return page(await text_in_slices(request.app, template, {**told, "navigation": _navigation(request)}), status)
+
+
+def sign_in_path(request: web.Request) -> str:
+    """Where somebody signs in and comes back from: to what was opened, or where a form stood."""
+    return with_next("/sign-in", request.raw_path if request.method == "GET" else came_from(request))
 
 
 def wants_part(request: web.Request) -> bool:

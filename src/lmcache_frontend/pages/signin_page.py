@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, quote
 from aiohttp import web
 
 from lmcache_frontend.pages import rendering
-from lmcache_shared.access.browser import followed_here
+from lmcache_shared.access.browser import came_from, followed_here, own_path, with_next
 from lmcache_shared.access.gate import GATE
 from lmcache_shared.access.roles import Role, needs
 from lmcache_shared.errors import Refusal
@@ -28,11 +28,14 @@ def setup(app: web.Application) -> None:
 @router.get("/sign-in")
 @needs(Role.NOBODY)
 async def form(request: web.Request) -> web.Response:
-    """The page; with `?token=`, as a starting frontend prints it, the browser is signed in at once."""
+    """The page; with `?token=`, as a starting frontend prints it, the browser is signed in at once.
+
+    Afterwards one is back at `?next=`, a path of this frontend, or at the page on which the link was followed.
+    """
     token = request.query.get("token")
     if token and followed_here(request):
-        return await _signed_in(request, token)
-    return await _page(request, "")
+        return await _signed_in(request, token, _next(request))
+    return await _page(request, "", _next(request))
 
 
 @router.post("/sign-in")
@@ -40,7 +43,7 @@ async def form(request: web.Request) -> web.Response:
 async def sign_in(request: web.Request) -> web.Response:
     """Take the form's `token`."""
     fields = parse_qs((await read_body(request, MAX_BODY_BYTES)).decode("ascii", "replace"), max_num_fields=8)
-    return await _signed_in(request, fields.get("token", [""])[-1].strip())
+    return await _signed_in(request, fields.get("token", [""])[-1].strip(), own_path(fields.get("next", [""])[-1]))
 
 
 @router.post("/sign-out")
@@ -52,12 +55,12 @@ async def sign_out(request: web.Request) -> web.Response:
     return response
 
 
-async def _signed_in(request: web.Request, token: str) -> web.Response:
+async def _signed_in(request: web.Request, token: str, back: str) -> web.Response:
     try:
         await request.app[GATE].holder(request, token)
     except Refusal as refusal:
-        return await _page(request, str(refusal.detail), refusal.status)
-    response = _to("/")
+        return await _page(request, str(refusal.detail), back, refusal.status)
+    response = _to(back)
     is_https = "https" in (request.scheme, request.headers.get("X-Forwarded-Proto", ""))
     response.set_cookie(
         _cookie(request),
@@ -79,5 +82,12 @@ def _to(path: str) -> web.Response:
     return web.Response(status=303, headers={**rendering.SECURITY_HEADERS, "Location": path})
 
 
-async def _page(request: web.Request, problem: str, status: int = 200) -> web.Response:
-    return await rendering.show(request, "sign_in.html", {"problem": problem}, status=status)
+def _next(request: web.Request) -> str:
+    asked = request.query.get("next")
+    back = came_from(request) if asked is None else own_path(asked)
+    return "/" if back.partition("?")[0] == "/sign-in" else back
+
+
+async def _page(request: web.Request, problem: str, back: str, status: int = 200) -> web.Response:
+    context = {"problem": problem, "next": back, "sign_in": with_next("/sign-in", back)}
+    return await rendering.show(request, "sign_in.html", context, status=status)

@@ -11,22 +11,17 @@ import contextlib
 import socket
 import struct
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import NamedTuple
 
-from aiohttp import HttpVersion, HttpVersion11, web
+from aiohttp import HttpVersion11, web
 from aiohttp.http import SERVER_SOFTWARE
 
 from lmcache_frontend.proxy import limits
-from lmcache_frontend.proxy.exchange import Answer, Fields, Proxying
+from lmcache_frontend.proxy.exchange import Answer, Fields, Opening, Proxying
 
 _SANDBOX = b"Content-Security-Policy: sandbox\r\nX-Content-Type-Options: nosniff\r\n"
 """A node's page in a browser is kept out of the frontend's origin: no script of it runs, it installs nothing."""
-
-KNOWN_SECONDS = 1.0
-"""For so long an answer begins with the same `Date`, where the target tells none."""
 
 _JOINED_BYTES = 64 << 10
 """Pieces of a body up to this go out in one write with their framing; a longer one is not copied for it."""
@@ -51,41 +46,6 @@ class Written(web.StreamResponse):
         self._eof_sent = True
 
 
-class Opening(NamedTuple):
-    """How an answer begins, and how its body is framed."""
-
-    head: bytes
-    is_chunked: bool
-    keep_alive: bool
-
-
-class Known:
-    """How the last answer to a path began. The next one does alike when its fields are the very same object.
-
-    So a transport tells that a target says the same again, byte for byte (`native.Said`).
-    """
-
-    def __init__(self) -> None:
-        self._fields: Fields | None = None
-        self._opening: Opening | None = None
-        self._is_for: tuple[HttpVersion, bool] | None = None
-        self._until = 0.0
-
-    def opening(self, request: Proxying, answer: Answer) -> Opening | None:
-        if (
-            not answer.fields
-            or answer.fields is not self._fields
-            or self._is_for != (request.version, request.keep_alive)
-        ):
-            return None
-        return self._opening if time.monotonic() < self._until else None
-
-    def remember(self, request: Proxying, answer: Answer, opening: Opening) -> None:
-        self._fields, self._opening = answer.fields, opening
-        self._is_for = (request.version, request.keep_alive)
-        self._until = time.monotonic() + KNOWN_SECONDS
-
-
 def opening_of(
     request: Proxying, answer: Answer, fields: list[tuple[bytes, bytes]], *, is_last: bool = False
 ) -> Opening:
@@ -101,7 +61,8 @@ def opening_of(
         not is_last and request.keep_alive and (is_11 or length is not None or not has_body)
     )  # HTTP/1.0 knows no other end of a body
     head = [b"HTTP/1.1 %d %b\r\n" % (answer.status, answer.reason), *[b"%b: %b\r\n" % field for field in fields]]
-    if b"date" not in names:
+    has_own_date = b"date" in names
+    if not has_own_date:
         head.append(f"Date: {formatdate(time.time(), usegmt=True)}\r\n".encode())  # RFC 9110, section 6.6.1
     if has_body and length != b"0" and b"content-type" not in names:
         head.append(b"Content-Type: application/octet-stream\r\n")
@@ -113,38 +74,35 @@ def opening_of(
     elif not is_11:
         head.append(b"Connection: keep-alive\r\n")
     head.append(b"\r\n")
-    return Opening(b"".join(head), is_chunked, keep_alive)
+    return Opening(b"".join(head), is_chunked, keep_alive, has_own_date)
 
 
 async def send_back(request: Proxying, answer: Answer, opening: Opening, traffic: Traffic) -> Written:
-    """Send an answer that begins so to the caller, piece by piece.
+    """Send an answer that begins so to the caller, piece by piece; whether it takes the last one is for others to see.
 
     Raises:
         BrokenOff: the answer ends before its end; the caller's connection is to be broken off as well.
         ConnectionError: the caller is gone.
     """
-    start, is_chunked, keep_alive = opening
+    start, is_chunked, keep_alive, _ = opening
     transport, protocol = request.transport, request.protocol
     if transport is None:
         raise ConnectionResetError("the caller is gone")
     piece, is_end = answer.take()
-    if is_end:
-        answer.release()  # for the next request, before this one's caller has read anything
     while True:
         traffic.received += len(piece)
         before, after = _framing(len(piece), is_end) if is_chunked else (b"", b"")
         if len(piece) <= _JOINED_BYTES:
-            if data := b"%b%b%b%b" % (start, before, piece, after):
+            if data := b"".join((start, before, piece, after)):
                 transport.write(data)
         else:
             transport.write(start + before)
             transport.write(piece)
             transport.write(after)
-        if protocol.writing_paused:
-            with cut_off_late_reader(request):
-                await request.writer.drain()
         if is_end:
             return Written(answer.status, keep_alive=keep_alive, length=traffic.received)
+        if protocol.writing_paused:
+            await taken(request)
         start = b""
         await answer.wait()
         piece, is_end = answer.take()
@@ -196,17 +154,16 @@ def _framing(size: int, is_end: bool) -> tuple[bytes, bytes]:
     return (b"%x\r\n" % size, b"\r\n" + last) if size else (b"", last)
 
 
-@contextlib.contextmanager
-def cut_off_late_reader(request: Proxying) -> Iterator[None]:
-    """A caller that takes no piece within `IDLE_SECONDS` is cut off: it must not hold a connection to the target.
+async def taken(request: Proxying) -> None:
+    """Until the caller has taken enough of what was written. One that does not within `IDLE_SECONDS` is cut off.
 
     A timer, not `wait_for`: that makes a task for every piece up to Python 3.11.
+
+    Raises:
+        ConnectionError: the caller is gone.
     """
-    if request.transport is None:
-        yield
-        return
     timer = asyncio.get_running_loop().call_later(limits.IDLE_SECONDS, break_off, request)
     try:
-        yield
+        await request.writer.drain()
     finally:
         timer.cancel()

@@ -38,7 +38,7 @@ class Breaker:
 
     def failed(self, refusal: Refusal) -> Refusal:
         self._failures += 1
-        self._problem = str(refusal.detail)
+        self._problem = str(refusal.detail) + (f": {refusal.reason}" if refusal.reason else "")
         self._tries_at = time.monotonic() + limits.SKIP_SECONDS
         return refusal
 

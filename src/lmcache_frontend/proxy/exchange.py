@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from lmcache_frontend.proxy import limits
 from lmcache_shared.access.asking import Asking
@@ -77,12 +78,27 @@ class Outgoing:
     """Whether the caller waits with the body until `interim` has told it 100 (`Expect: 100-continue`)."""
 
 
+class Opening(NamedTuple):
+    """How an answer to the caller begins, and how its body is framed.
+
+    Attributes:
+        has_own_date: its target told `Date`, so that it may be used for as long as the target tells the same.
+    """
+
+    head: bytes
+    is_chunked: bool
+    keep_alive: bool
+    has_own_date: bool
+
+
 class Answer(Protocol):
     """A target's answer, its body still coming. Whoever has it calls `release` in the end, however it goes."""
 
     status: int
     reason: bytes
     fields: Fields
+    openings: dict[Any, Opening]
+    """What was worked out from its head, kept for the next answer that has the same one."""
 
     def take(self) -> tuple[bytes, bool]:
         """What has come of the body since the last time, and whether that was the end.
@@ -137,9 +153,16 @@ class Transport(Protocol):
         """Close every connection."""
 
 
-def not_reached(address: Address) -> Refusal:
+def not_reached(address: Address, error: OSError | None = None) -> Refusal:
+    """LMCache's words as `detail`, and what the system says as `reason`."""
     kind = "target service" if isinstance(address, TcpAddress) else "socket:"
-    return Refusal(502, f"Failed to connect to {kind} {address}")
+    return Refusal(502, f"Failed to connect to {kind} {address}", reason=None if error is None else _why(error))
+
+
+def _why(error: OSError) -> str:
+    number = error.errno or 0
+    text = os.strerror(number) if number > 0 else error.strerror or str(error) or type(error).__name__
+    return " ".join(text.split())[: limits.MAX_REASON_LENGTH]
 
 
 def timed_out(address: Address) -> Refusal:

@@ -9,18 +9,21 @@ here has to know how a body is framed, or what to say to who speaks no HTTP.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import math
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 from aiohttp import HttpVersion, web
 from multidict import CIMultiDictProxy
 
 from lmcache_frontend.proxy import limits, passing
-from lmcache_frontend.proxy.answering import Written, in_one_piece
+from lmcache_frontend.proxy.answering import Written, in_one_piece, taken
 from lmcache_frontend.proxy.head import MAX_HEAD_BYTES, Fields, Head, Heads
+from lmcache_frontend.proxy.leaving import Leaving
 from lmcache_shared.access.asking import HandlerOf
 from lmcache_shared.errors import refusals
 from lmcache_shared.listen import KEEPALIVE_SECONDS, AccessLogger
@@ -50,40 +53,41 @@ class Front:
         self.by_address = _judged(app, passing.by_address)
         self.by_name = _judged(app, passing.by_name)
         self.access_log = AccessLogger(access_log, "") if access_log is not None else None
-        self.connections: set[_Connection] = set()
         self.is_stopping = False
+        self._connections: set[_Connection] = set()
+        self._all_gone = asyncio.Event()
 
     def __call__(self) -> asyncio.Protocol:
         return _Connection(self)
 
     async def shutdown(self, seconds: float) -> None:
-        """Close idle connections, let requests in flight take so long, and cut off the others."""
+        """Close idle connections, let requests in flight and their answers take so long, and cut off the others."""
         self.is_stopping = True
-        for connection in list(self.connections):
+        for connection in list(self._connections):
             connection.close_if_idle()
-        tasks = [connection.task for connection in self.connections if connection.task is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=seconds)
-        for connection in list(self.connections):
+        if self._connections:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._all_gone.wait(), seconds)
+        tasks = [connection.task for connection in self._connections if connection.task is not None]
+        for connection in list(self._connections):
             connection.abort()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def came(self, connection: _Connection) -> None:
+        self._connections.add(connection)
+        self._all_gone.clear()
+
+    def left(self, connection: _Connection) -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._all_gone.set()
 
 
 def _judged(app: web.Application, handler: HandlerOf[_Request]) -> HandlerOf[_Request]:
     """The rules of the application around a handler: its middlewares."""
     for rule in reversed(app.middlewares):
-        handler = _within(cast("Rule", rule), handler)
+        handler = functools.partial(cast(Any, rule), handler=handler)
     return handler
-
-
-Rule = Callable[["_Request", HandlerOf["_Request"]], Awaitable[web.StreamResponse]]
-
-
-def _within(rule: Rule, handler: HandlerOf[_Request]) -> HandlerOf[_Request]:
-    async def judged(request: _Request) -> web.StreamResponse:
-        return await rule(request, handler)
-
-    return judged
 
 
 class _Route(NamedTuple):
@@ -169,6 +173,8 @@ class _Connection(asyncio.Protocol):
         "_drained",
         "_front",
         "_head",
+        "_head_bytes",
+        "_leaving",
         "_loop",
         "_passed",
         "_pending",
@@ -188,9 +194,11 @@ class _Connection(asyncio.Protocol):
         self._front = front
         self._loop = asyncio.get_running_loop()
         self._pending = b""
+        self._head_bytes = b""
         self._head: Head | None = None
         self._passed: passing.Passed | None = None
         self._reading_paused = False
+        self._leaving: Leaving | None = None
         self._drained: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = math.inf
@@ -220,10 +228,10 @@ class _Connection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple):
             self.remote = str(peer[0])
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            _watch(transport.get_extra_info("socket"))
         elif peer:
             self.remote = str(peer)
-        self._front.connections.add(self)
+        self._front.came(self)
         self._expect(KEEPALIVE_SECONDS)
 
     def data_received(self, data: bytes) -> None:
@@ -231,13 +239,14 @@ class _Connection(asyncio.Protocol):
         self._pending = data if is_first else self._pending + data
         if self.task is None:
             self._read(is_first)
-        elif len(self._pending) > MAX_PIPELINED_BYTES and not self._reading_paused and self.transport is not None:
+        if len(self._pending) > MAX_PIPELINED_BYTES and not self._reading_paused and self.transport is not None:
             self._reading_paused = True
             self.transport.pause_reading()
+            self._leaving = Leaving(self.transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._leave()
-        self.transport = None
+        self.transport = self._passed = None
         if self.task is not None:
             self.task.cancel()  # and with it what it asks of its target
         self.resume_writing()
@@ -266,19 +275,20 @@ class _Connection(asyncio.Protocol):
         end = data.find(b"\r\n\r\n") + 4
         heads = self._front.heads
         if end > 3:
-            head = heads.read(data if end == len(data) else data[:end])
+            of_head = data if end == len(data) else data[:end]
+            is_repeated = of_head == self._head_bytes
+            head = self._head if is_repeated else heads.read(of_head)
             if head is not None:
                 self._pending = data[end:]
                 self._deadline = math.inf
-                handler = self._front.by_name if head.is_named else self._front.by_address
                 request = _Request(head, self, self._front.app)
-                passed = self._passed
-                if passed is not None:
-                    if self._head is head and passing.may_pass_again(self._front.app, passed):
-                        handler = self._again
-                    else:
-                        self._passed = None
-                self._head = head
+                handler = self._front.by_name if head.is_named else self._front.by_address
+                if not is_repeated:
+                    self._head_bytes, self._head, self._passed = of_head, head, None
+                elif self._passed is not None and passing.may_pass_again(self._front.app, self._passed):
+                    handler = self._again
+                else:
+                    request[passing.REPEATED] = True
                 self.task = self._loop.create_task(self._answer(request, handler))
                 return
         elif len(data) <= MAX_HEAD_BYTES and heads.may_become_one(data):
@@ -298,9 +308,11 @@ class _Connection(asyncio.Protocol):
         began = self._loop.time()
         try:
             response = await handler(request)
-            self._passed = request.get(passing.PASSED, self._passed)
+            self._passed = request.pop(passing.PASSED, self._passed)
             if not isinstance(response, Written):
                 response = self._write(request, response)
+                if self.writing_paused:
+                    await taken(request)
             if self._front.access_log is not None:
                 self._front.access_log.log(cast(Any, request), response, self._loop.time() - began)
         except Exception as error:  # `refusals` has answered all others
@@ -319,11 +331,10 @@ class _Connection(asyncio.Protocol):
         if self.transport is None:
             return
         if not keep_alive or self._front.is_stopping:
-            self._close(self.transport)
+            self.transport.close()
             return
-        if self._reading_paused:
-            self._reading_paused = False
-            self.transport.resume_reading()
+        if self._reading_paused and len(self._pending) <= MAX_PIPELINED_BYTES:
+            self._go_on_reading(self.transport)
         if self._pending:
             self._expect(limits.HEAD_SECONDS)
             self._read(is_first=False)
@@ -341,16 +352,29 @@ class _Connection(asyncio.Protocol):
     def _hand_over(self) -> None:
         transport, data = self.transport, self._pending
         assert transport is not None, "who is gone sends nothing"
+        if self._reading_paused:
+            self._go_on_reading(transport)
         self._leave()
         self.transport = None
         self._pending = b""
         self._front.others(transport, data)
 
     def _leave(self) -> None:
-        self._front.connections.discard(self)
+        self._front.left(self)
+        self._watch_no_more()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _go_on_reading(self, transport: asyncio.Transport) -> None:
+        self._reading_paused = False
+        self._watch_no_more()
+        transport.resume_reading()
+
+    def _watch_no_more(self) -> None:
+        if self._leaving is not None:
+            self._leaving.close()
+            self._leaving = None
 
     def _expect(self, seconds: float) -> None:
         self._deadline = self._loop.time() + seconds
@@ -366,10 +390,13 @@ class _Connection(asyncio.Protocol):
         if self._loop.time() < self._deadline:
             self._timer = self._loop.call_at(self._deadline, self._look_at_deadline)
         elif self.transport is not None:
-            self._close(self.transport)
+            self.transport.close()
 
-    def _close(self, transport: asyncio.Transport) -> None:
-        """Close when all has gone out; a caller that does not take the rest is cut off."""
-        transport.close()
-        if transport.get_write_buffer_size():
-            self._loop.call_later(limits.IDLE_SECONDS, transport.abort)
+
+def _watch(sock: socket.socket) -> None:
+    """Have the kernel cut a caller off that is gone, or that takes nothing of what was written for `IDLE_SECONDS`.
+
+    Also when all has been written, and the connection is closed, or is another server's.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.IDLE_SECONDS * 1000))

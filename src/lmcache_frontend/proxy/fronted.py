@@ -16,14 +16,14 @@ class FrontedRunner(web.AppRunner):
     Args:
         app: the application.
         access_log: where a line for each request goes.
-        shutdown_timeout: how long requests may take at the end, at each of the two.
+        shutdown_timeout: half of how long requests may take at the end.
         **options: as of `web.AppRunner`.
     """
 
     def __init__(self, app: web.Application, **options: Any) -> None:
         super().__init__(app, **options)
         self._access_log = options["access_log"]
-        self._drain_seconds: float = options["shutdown_timeout"]
+        self._half_drain_seconds: float = options["shutdown_timeout"]
         self._front: Front | None = None
         self.others: Others = _nobody
         """Goes on with connections that carry other requests than the front serves, from `setup` on."""
@@ -42,9 +42,11 @@ class FrontedRunner(web.AppRunner):
 
     async def shutdown(self) -> None:
         self.others = _nobody
-        if self._front is not None:
-            await self._front.shutdown(self._drain_seconds)
         await super().shutdown()
+        server = super().server
+        if self._front is not None and server is not None:  # aiohttp's waits twice: for requests, and for connections
+            both = (self._front.shutdown(2 * self._half_drain_seconds), server.shutdown(self._half_drain_seconds))
+            await asyncio.gather(*both)
 
 
 def _nobody(transport: asyncio.Transport, data: bytes) -> None:

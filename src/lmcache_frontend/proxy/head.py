@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
 
 import httptools
@@ -14,10 +16,6 @@ MAX_HEAD_BYTES = 8190
 """Of a head that is read here; aiohttp's server takes so much for each field, and refuses what is too long."""
 
 MAX_FIELDS = 100
-
-MAX_HEADS = 512
-MAX_REMEMBERED_BYTES = 1024
-"""Heads of up to so many bytes are remembered, so many at most: who polls sends the same one each time."""
 
 Fields = tuple[tuple[bytes, bytes], ...]
 
@@ -45,8 +43,11 @@ _ONCE = frozenset(
 _NO_QUERY: MultiDictProxy[str] = MultiDictProxy(MultiDict())
 
 
+_VERSIONS = {"1.1": HttpVersion11, "1.0": HttpVersion10}
+
+
 class Head:
-    """What a head says; the same for each request that has the same bytes.
+    """What a head says.
 
     Attributes:
         is_named: the path begins with `/proxy2/`.
@@ -59,8 +60,9 @@ class Head:
         self.keep_alive = keep_alive
         self.raw_headers = fields
         self.is_named = path.startswith("/proxy2/")
-        texts = [(name.decode("ascii"), value.decode("utf-8", "surrogateescape")) for name, value in fields]
-        self.headers = CIMultiDictProxy(CIMultiDict(texts))
+        self.headers = CIMultiDictProxy(
+            CIMultiDict([(name.decode("ascii"), value.decode("utf-8", "surrogateescape")) for name, value in fields])
+        )
 
     @cached_property
     def url(self) -> URL:
@@ -76,7 +78,6 @@ class Heads:
     """Reads heads, with one parser: each is fed whole."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, Head] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -88,18 +89,6 @@ class Heads:
         self._fields: list[tuple[bytes, bytes]] = []
         self._is_whole = self._keep_alive = False
 
-    def read(self, data: bytes) -> Head | None:
-        """What a whole head says, its empty line included; nothing if the front does not serve such a request."""
-        known = self._known.get(data)
-        if known is not None:
-            return known
-        head = self._read(data)
-        if head is not None and len(data) <= MAX_REMEMBERED_BYTES:
-            if len(self._known) >= MAX_HEADS:
-                self._known.clear()
-            self._known[data] = head
-        return head
-
     def may_become_one(self, data: bytes) -> bool:
         """Whether what came of a head is HTTP up to here."""
         self._begin()
@@ -107,7 +96,8 @@ class Heads:
         self._begin()
         return may
 
-    def _read(self, data: bytes) -> Head | None:
+    def read(self, data: bytes) -> Head | None:
+        """What a whole head says, its empty line included; nothing if the front does not serve such a request."""
         if len(data) > MAX_HEAD_BYTES:
             return None
         self._next()
@@ -116,21 +106,22 @@ class Heads:
             return None
         parser = self._parser
         method = parser.get_method().decode("ascii")
-        version = {"1.1": HttpVersion11, "1.0": HttpVersion10}.get(parser.get_http_version())
+        version = _VERSIONS.get(parser.get_http_version())
         if not self._keep_alive:
             self._parser = None  # it takes nothing after such a request
-        names = [name.lower() for name, _ in self._fields]
+        fields = self._fields
+        names = {name.lower() for name, _ in fields}
         if (
             version is None
-            or len(names) > MAX_FIELDS
+            or len(fields) > MAX_FIELDS
             or not _FOR_OTHERS.isdisjoint(names)
-            or (len(set(names)) < len(names) and any(names.count(name) > 1 for name in _ONCE))
+            or (len(names) < len(fields) and not _ONCE.isdisjoint(_repeated(fields)))
             or (version is HttpVersion11 and b"host" not in names)
             or not self._url.isascii()
             or not _PROXIED.fullmatch(self._url)
         ):
             return None
-        return Head(method, self._url.decode("ascii"), version, self._keep_alive, tuple(self._fields))
+        return Head(method, self._url.decode("ascii"), version, self._keep_alive, tuple(fields))
 
     def _fed(self, data: bytes) -> bool:
         if self._parser is None:
@@ -156,3 +147,7 @@ class Heads:
 
     def on_message_complete(self) -> None:
         self._is_whole = True
+
+
+def _repeated(fields: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+    return [name for name, count in Counter(name.lower() for name, _ in fields).items() if count > 1]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from lmcache_frontend.proxy.exchange import Fields, Proxying
 from lmcache_frontend.proxy.target import ProxiedPath
 from lmcache_shared.access.asking import Asking
-from lmcache_shared.access.caller import COOKIE_PREFIX, FRONTEND_VIA, SPEAKING_FOR_OTHERS
+from lmcache_shared.access.browser import followed_here
+from lmcache_shared.access.caller import COOKIE_PREFIX, FRONTEND_VIA, SPEAKING_FOR_OTHERS, UNKNOWN, are_here
 from lmcache_shared.address import Address, TcpAddress
 from lmcache_shared.errors import Refusal
 
@@ -84,6 +85,10 @@ _COOKIE_PATH = re.compile(rb"(;[ \t]*path[ \t]*=[ \t]*)(/[^;]*)", re.IGNORECASE)
 
 
 _VIA = FRONTEND_VIA.encode()
+_UNKNOWN = UNKNOWN.encode()
+
+_FOLLOWED_A_LINK = ((b"Sec-Fetch-Site", b"cross-site"), (b"Sec-Fetch-Mode", b"navigate"))
+"""For the target, which may change something where the frontend knows of nothing."""
 
 MAX_FRONTENDS = 12
 """A request that has passed more frontends goes in a circle."""
@@ -91,18 +96,20 @@ MAX_FRONTENDS = 12
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Introduction:
     """What a target is told of the caller for whom it is asked (`vouching.py`).
 
     Attributes:
         is_vouched_for: nothing names the caller; `Via` alone shows that somebody else asks.
+        is_here: it is on this machine. Any other is named so that nobody takes it for one that is.
         authorization: what stands in place of the caller's own `Authorization`, which `hides_authorization` takes out
             in any case: it was for this frontend.
         cookie: the name of the cookie of who has signed in here.
     """
 
     is_vouched_for: bool = False
+    is_here: bool = False
     hides_authorization: bool = False
     authorization: bytes | None = dataclasses.field(default=None, repr=False)
     cookie: bytes = b""
@@ -140,6 +147,10 @@ def request_fields(request: Proxying, prefix: str, caller: Introduction) -> list
         host = _first(own, b"x-forwarded-host") or _first(own, b"host")
         proto = _first(own, b"x-forwarded-proto") or b"http"
         path = _first(own, b"x-forwarded-prefix").rstrip(b"/") + path
+    if not caller.is_here and (not peer or are_here(peer.decode("utf-8", "surrogateescape").split(","))):
+        peer = b"%b, %b" % (_UNKNOWN, peer) if peer else _UNKNOWN
+    if not followed_here(request):
+        fields += _FOLLOWED_A_LINK
     if caller.is_vouched_for:
         fields = [field for field in fields if field[0].lower() not in _NAMING]
         via = b", ".join([_VIA] * via.count(_VIA))
@@ -152,7 +163,7 @@ def request_fields(request: Proxying, prefix: str, caller: Introduction) -> list
         fields = [field for field in fields if field[0].lower() != b"authorization"]
         if caller.authorization is not None:
             fields.append((b"Authorization", caller.authorization))
-    if caller.cookie and any(field[0].lower() == b"cookie" for field in fields):
+    if caller.cookie and "Cookie" in request.headers:
         fields = list(_without_cookie(fields, caller.cookie))
     return fields
 
@@ -174,10 +185,14 @@ def answer_fields(raw: Fields, wanted: ProxiedPath) -> list[tuple[bytes, bytes]]
     fields, own = _end_to_end(raw, _OF_AN_ANSWER, _REWRITTEN)
     if own:
         prefix, skipped = wanted.prefix.encode("utf-8", "surrogateescape"), wanted.skipped.encode()
+        is_root = wanted.path[len(wanted.skipped) :].partition("?")[0] == "/"
         for name, value in own:
             if name.lower() == b"set-cookie":
                 if not is_own_cookie(value):
-                    fields.append((name, _confined(value, prefix, skipped)))
+                    cookie = _confined(value, prefix, skipped)
+                    if is_root and not _names_path(cookie):
+                        cookie += b"; Path=%b/" % prefix  # by default it is for what lies beside the prefix too
+                    fields.append((name, cookie))
             else:
                 fields.append((name, _location(value, wanted.address, prefix, skipped)))
     return fields
@@ -201,6 +216,13 @@ def _confined(value: bytes, prefix: bytes, skipped: bytes) -> bytes:
     """A cookie for the target's paths under the frontend, and for no other host: `Domain` would name others."""
     value = _COOKIE_DOMAIN.sub(b"", value)
     return _COOKIE_PATH.sub(lambda found: found[1] + _cookie_path(found[2], prefix, skipped), value)
+
+
+def _names_path(cookie: bytes) -> bool:
+    """Whether it says for which paths it is (RFC 6265, section 5.2.4): the last `Path` counts, if it is one."""
+    attributes = [it.partition(b"=") for it in cookie.split(b";")[1:]]
+    paths = [value.strip(b" \t") for name, _, value in attributes if name.strip(b" \t").lower() == b"path"]
+    return bool(paths) and paths[-1].startswith(b"/")
 
 
 def _cookie_path(path: bytes, prefix: bytes, skipped: bytes) -> bytes:

@@ -38,7 +38,7 @@ async def by_name(request: Proxying) -> web.StreamResponse:
 
 async def _pass(request: Proxying, meant: Meant) -> web.StreamResponse:
     app = request.app
-    wanted, asked, known = meant
+    wanted, asked = meant
     refuse_loops(request)
     require(request, asked)
     request[CHANGE] = Change(wanted.address, wanted.path, len(wanted.skipped), asked.role)
@@ -47,10 +47,10 @@ async def _pass(request: Proxying, meant: Meant) -> web.StreamResponse:
         allowed = app[POLICY].allowed(request, wanted.address)
         found = await app[TARGETS].get(allowed)
         outgoing = as_outgoing(request, wanted, caller, watched.traffic)
-        if asked.role <= Role.VIEWER and outgoing.body is None and not caller_of(request).by_token:
+        if request.get(REPEATED) and asked.role <= Role.VIEWER and not caller_of(request).by_token:
             request[PASSED] = Passed(meant, outgoing, watched, _valid_until(app, allowed), app[REGISTRY].revision)
         reveals = asked.role >= Role.OPERATOR
-        answer = await forward(request, found, wanted, outgoing, watched.traffic, known, reveals=reveals)
+        answer = await forward(request, found, wanted, outgoing, watched.traffic, reveals=reveals)
         return watched.answered(answer)
 
 
@@ -77,14 +77,16 @@ async def again(request: Proxying, passed: Passed) -> web.StreamResponse:
     app = request.app
     with app[OWN_METRICS].watching_again(passed.watched) as watched:
         found = await app[TARGETS].get(passed.meant.wanted.address)
-        wanted, known = passed.meant.wanted, passed.meant.known
-        answer = await forward(request, found, wanted, passed.outgoing, watched.traffic, known)
+        answer = await forward(request, found, passed.meant.wanted, passed.outgoing, watched.traffic)
         return watched.answered(answer)
 
 
 def may_pass_again(app: web.Application, passed: Passed) -> bool:
     return passed.until > time.monotonic() and passed.revision == app[REGISTRY].revision
 
+
+REPEATED: Any = web.RequestKey("repeated", bool) if hasattr(web, "RequestKey") else "lmcache_repeated"
+"""Under this key a request carries whether it has the same head as the one before it on its connection."""
 
 PASSED: Any = web.RequestKey("passed", Passed) if hasattr(web, "RequestKey") else "lmcache_passed"
 """Under this key a request carries what it was let pass as; aiohttp before 3.14 knows texts alone."""

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lmcache_frontend.nodes.registry import Registry
-from lmcache_frontend.proxy.answering import Known
 from lmcache_frontend.proxy.target import ProxiedPath
 from lmcache_shared.access.table import Proxied, of_proxied
 
@@ -22,11 +21,10 @@ MAX_LENGTH = 512
 
 
 class Meant(NamedTuple):
-    """Where a request is to go, what it needs, and how it was answered."""
+    """Where a request is to go, and what it needs."""
 
     wanted: ProxiedPath
     asked: Proxied
-    known: Known
 
 
 class Paths:
@@ -54,7 +52,7 @@ class Paths:
         found = self._known.get(key)
         if found is None:
             wanted = read(raw_path, self._registry)
-            found = Meant(wanted, of_proxied(method, wanted.path), Known())
+            found = Meant(wanted, of_proxied(method, wanted.path))
             if len(raw_path) <= MAX_LENGTH:
                 if len(self._known) >= MAX_PATHS:
                     self._known.clear()

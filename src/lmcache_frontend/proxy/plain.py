@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -17,6 +18,7 @@ from lmcache_frontend.proxy.connect import connect
 from lmcache_frontend.proxy.exchange import (
     BrokenOff,
     Fields,
+    Opening,
     Outgoing,
     Tunnel,
     no_answer,
@@ -87,8 +89,8 @@ class PlainTransport:
             raise (overloaded(self.address) if full else self._breaker.failed(timed_out(self.address))) from None
         except asyncio.TimeoutError:
             raise timed_out(self.address) from None
-        except aiohttp.ClientConnectorError:
-            raise self._breaker.failed(not_reached(self.address)) from None
+        except aiohttp.ClientConnectorError as error:
+            raise self._breaker.failed(not_reached(self.address, error.os_error)) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise (broken.result() if broken.done() else no_answer(reason(error))) from None
         finally:
@@ -137,6 +139,7 @@ class _PlainAnswer:
         self.fields: Fields = [
             (name, _CONTROL.sub(b"?", value)) for name, value in upstream.raw_headers if _FIELD.fullmatch(name)
         ]
+        self.openings: dict[Any, Opening] = {}
         self._transport: PlainTransport | None = transport
         self._upstream = upstream
         self._content: aiohttp.StreamReader = upstream.content

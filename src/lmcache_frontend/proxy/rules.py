@@ -15,11 +15,8 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from aiohttp import web
-
 from lmcache_shared.address import TcpAddress, UnixAddress, without_brackets
 from lmcache_shared.errors import ConfigError, Refusal
-from lmcache_shared.responses import json_response
 
 Number = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -52,11 +49,7 @@ class NotAllowed(Refusal):
     """A target that is not allowed: LMCache's words as `detail`, and the way out as `reason`."""
 
     def __init__(self, detail: str, reason: str) -> None:
-        super().__init__(403, detail)
-        self.reason = reason
-
-    def response(self) -> web.Response:
-        return json_response({"detail": self.detail, "reason": self.reason}, status=self.status)
+        super().__init__(403, detail, reason=reason)
 
 
 @dataclass(frozen=True)
@@ -160,7 +153,7 @@ class Rules:
         networks = tuple(rule.network for rule in self.networks if address.port in rule.ports)
         if number is not None:
             return address if lies_in(number, networks) else None
-        if _is_numeral(address.host):
+        if is_numeral(address.host):
             return None
         hosts = self._hosts(address)
         if any(rule.is_exact for rule in hosts):
@@ -172,7 +165,7 @@ class Rules:
         """Whether a number lies in an allowed network, or a name is an allowed one, whatever it resolves to."""
         if number_of(address.host) is not None:
             return self.tcp(address) is not None
-        return not _is_numeral(address.host) and bool(self._hosts(address))
+        return not is_numeral(address.host) and bool(self._hosts(address))
 
     def _hosts(self, address: TcpAddress) -> list[HostRule]:
         name = address.host.lower().rstrip(".")
@@ -195,7 +188,7 @@ def number_of(host: str) -> Number | None:
     return mapped or number
 
 
-def _is_numeral(name: str) -> bool:
+def is_numeral(name: str) -> bool:
     """Whether a resolver may read a number into it: 2130706433, 0x7f000001, 127.1, 0177.0.0.1 (inet_aton(3))."""
     return _NUMERAL.fullmatch(name.rstrip(".").rpartition(".")[2]) is not None
 

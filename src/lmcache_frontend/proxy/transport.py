@@ -13,16 +13,16 @@ from aiohttp import HttpVersion11, web
 
 from lmcache_frontend.proxy import limits
 from lmcache_frontend.proxy.answering import (
-    Known,
     Traffic,
     Written,
     break_off,
     opening_of,
     send_back,
     send_interim,
+    taken,
     without_length,
 )
-from lmcache_frontend.proxy.exchange import Fields, Outgoing, Proxying, Transport, no_answer
+from lmcache_frontend.proxy.exchange import Answer, Fields, Opening, Outgoing, Proxying, Transport, no_answer
 from lmcache_frontend.proxy.headers import Introduction, answer_fields, kept_by_nobody, request_fields
 from lmcache_frontend.proxy.leaving import Leaving
 from lmcache_frontend.proxy.native import NativeTransport, Room
@@ -38,6 +38,9 @@ _LOOK_SECONDS = 0.25
 
 MAX_UNREGISTERED_TARGETS = 64
 """Transports kept for targets that are no registered nodes; the one unused for longest goes first."""
+
+MAX_OPENINGS = 64
+"""Of what was worked out for one head of answers; so many ways to a target there are."""
 
 _TURNS = 10
 """Of the event loop, so many are enough for a cancelled reader to be gone."""
@@ -103,14 +106,12 @@ async def forward(
     wanted: ProxiedPath,
     outgoing: Outgoing,
     traffic: Traffic,
-    known: Known,
     *,
     reveals: bool = False,
 ) -> web.StreamResponse:
     """Send the request on to `target` as `outgoing`, and its answer back; `traffic` is counted.
 
-    What is `known` of the answers to its path is used and renewed. Nobody keeps a copy of one that may reveal
-    something.
+    Nobody keeps a copy of an answer that may reveal something.
 
     No body is held whole. An answer that breaks off breaks the caller's connection off too, so that half an answer
     never looks whole.
@@ -120,7 +121,7 @@ async def forward(
             slow.
     """
     try:
-        return await _exchanged(request, target, wanted, outgoing, traffic, known, reveals=reveals)
+        return await _exchanged(request, target, wanted, outgoing, traffic, reveals=reveals)
     finally:
         if isinstance(outgoing.body, CallersBody):
             await outgoing.body.left_alone()
@@ -132,7 +133,6 @@ async def _exchanged(
     wanted: ProxiedPath,
     outgoing: Outgoing,
     traffic: Traffic,
-    known: Known,
     *,
     reveals: bool,
 ) -> web.StreamResponse:
@@ -140,26 +140,39 @@ async def _exchanged(
     if answer.status == 101 and not is_switched(answer.fields):
         answer.release()
         raise no_answer("it switches to a protocol that nobody asked for")
+    status = answer.status
     try:
-        is_last = outgoing.is_held_back and isinstance(outgoing.body, CallersBody) and not outgoing.body.is_wanted
-        opening = None if is_last else known.opening(request, answer)
-        if opening is None:
-            fields = answer_fields(answer.fields, wanted)
-            if reveals:
-                kept_by_nobody(fields)
-            if answer.status == 101:
+        try:
+            if status == 101:
+                fields = answer_fields(answer.fields, wanted)
                 return await pass_on(cast(web.Request, request), answer, fields, traffic)
-            opening = opening_of(request, answer, fields, is_last=is_last)
-            if not is_last:
-                known.remember(request, answer, opening)
-        return await send_back(request, answer, opening, traffic)
+            opening = _opening(request, wanted, outgoing, answer, reveals=reveals)
+            written = await send_back(request, answer, opening, traffic)
+        finally:
+            answer.release()
+        if request.protocol.writing_paused:
+            await taken(request)  # its end, for which the target's connection is needed no more
+        return written
     except (ConnectionError, Refusal) as error:  # also of the request's body: the answer has begun
         traffic.broke_off = True
         logger.info("%s %s broke off: %s", request.method, request.path, error or type(error).__name__)
         break_off(request)
-        return Written(answer.status, keep_alive=False, length=traffic.received)
-    finally:
-        answer.release()
+        return Written(status, keep_alive=False, length=traffic.received)
+
+
+def _opening(request: Proxying, wanted: ProxiedPath, outgoing: Outgoing, answer: Answer, *, reveals: bool) -> Opening:
+    """How the answer begins; worked out once for answers with the same head."""
+    is_last = outgoing.is_held_back and isinstance(outgoing.body, CallersBody) and not outgoing.body.is_wanted
+    key = (wanted.prefix, wanted.skipped, request.version, request.keep_alive, reveals, is_last)
+    opening = answer.openings.get(key)
+    if opening is None:
+        fields = answer_fields(answer.fields, wanted)
+        if reveals:
+            kept_by_nobody(fields)
+        opening = opening_of(request, answer, fields, is_last=is_last)
+        if opening.has_own_date and len(answer.openings) < MAX_OPENINGS:
+            answer.openings[key] = opening
+    return opening
 
 
 async def expected(request: web.Request) -> None:

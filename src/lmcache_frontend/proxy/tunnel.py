@@ -13,7 +13,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.http import StreamWriter
 
 from lmcache_frontend.proxy import limits
-from lmcache_frontend.proxy.answering import Traffic, Written, cut_off_late_reader
+from lmcache_frontend.proxy.answering import Traffic, Written, taken
 from lmcache_frontend.proxy.exchange import BrokenOff, Fields, Tunnel
 from lmcache_frontend.proxy.leaving import Leaving
 
@@ -65,8 +65,7 @@ async def pass_on(
             if piece:
                 await writer.write(piece, drain=False)
             if request.protocol.writing_paused:
-                with cut_off_late_reader(request):
-                    await writer.drain()
+                await taken(request)
     finally:
         caller.end()
     return Written(101, keep_alive=False, length=traffic.received)

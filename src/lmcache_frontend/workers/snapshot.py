@@ -34,6 +34,7 @@ class _Node(msgspec.Struct, array_like=True):
 class _Proxy(msgspec.Struct, array_like=True):
     name: str
     address: _Address
+    found: bool
     token: str | None
     nodes: list[_Node]
 
@@ -44,6 +45,7 @@ def encoded(proxies: Iterable[Proxy]) -> bytes:
         _Proxy(
             proxy.name,
             _written(proxy.address),
+            proxy.found,
             proxy.token,
             [_Node(node.name, _written(node.address), _way(node.via), node.token) for node in proxy.nodes],
         )
@@ -65,7 +67,7 @@ def decoded(data: bytes) -> tuple[Proxy, ...]:
             via = None if node.via is None else Reach(_read(node.via.address), node.via.prefix, node.via.token)
             nodes.append(Node(node.name, *_as_written(address), address, via=via, token=node.token))
         address = _read(proxy.address)
-        found.append(Proxy(proxy.name, *_as_written(address), address, tuple(nodes), token=proxy.token))
+        found.append(Proxy(proxy.name, *_as_written(address), address, tuple(nodes), proxy.found, token=proxy.token))
     return tuple(found)
 
 

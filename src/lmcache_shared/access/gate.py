@@ -11,7 +11,7 @@ from aiohttp import web
 
 from lmcache_shared.access.asking import Asking, HandlerOf, R
 from lmcache_shared.access.attempts import Attempts
-from lmcache_shared.access.browser import followed_here
+from lmcache_shared.access.browser import followed_here, with_next
 from lmcache_shared.access.caller import Caller, bearer_token, is_local_caller, seen_address
 from lmcache_shared.access.roles import Role, needed
 from lmcache_shared.access.tokens import Tokens
@@ -23,6 +23,9 @@ CALLER: Any = web.RequestKey("caller", Caller) if hasattr(web, "RequestKey") els
 """Under this key a request carries its `Caller`; aiohttp before 3.14 knows texts alone."""
 
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="lmcache"'}
+
+
+_LOCAL = Caller("local", Role.ADMIN, is_here=True)
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,9 @@ class Gate:
         is_local = self._trust_local and is_local_caller(request, through_frontends=True)
         if self._no_auth or is_local:
             known = None if token is None else await self._tokens.find(token)
-            name = "local" if is_local else "anybody"
-            return Caller(name if known is None else known.name, Role.ADMIN, by_token=known is not None)
+            if known is None:
+                return _LOCAL if is_local else Caller("anybody", Role.ADMIN)
+            return Caller(known.name, Role.ADMIN, by_token=True, is_here=is_local)
         if token is not None:
             return await self.holder(request, token)
         return await self._signed_in(request) or Caller("anonymous", self._otherwise)
@@ -89,11 +93,13 @@ class Gate:
         """Whose cookie it is. One whose token was taken back is no mistake of its browser's: it may look on."""
         value = request.cookies.get(self.cookie) if self.cookie is not None and self._tokens.configured else None
         address = seen_address(request)
-        if not value or self._cookie_attempts.wait_seconds(address):
+        if not value or self._cookie_attempts.wait_seconds(address, value):
             return None
         found = await self._tokens.find(unquote(value))
         if found is None:
             self._cookie_attempts.failed(address, value)
+        else:
+            self._cookie_attempts.was_right(address, value)
         return found
 
     async def holder(self, request: Asking, token: str) -> Caller:
@@ -103,24 +109,30 @@ class Gate:
             Refusal: 401 for one that is none, 429 after too many of them.
         """
         address = seen_address(request)
-        if seconds := self._attempts.wait_seconds(address):
+        if seconds := self._attempts.wait_seconds(address, token):
             raise Refusal(429, f"too many wrong tokens from {address}; wait", {"Retry-After": str(seconds)})
         found = await self._tokens.find(token)
         if found is None:
             if self._attempts.failed(address, token):
                 logger.warning("a wrong token from %s", address)
-            raise Refusal(401, "the token of this request is none that this server knows", _CHALLENGE)
+            names = self._names
+            known = f"it knows those of {names.token} and {names.token_file}"
+            raise Refusal(401, f"the token of this request is none that this server knows; {known}", _CHALLENGE)
+        self._attempts.was_right(address, token)
         return found
 
     def require(self, request: Asking, role: Role) -> None:
         """Raises:
         Refusal: 401 for who may show a token, 403 for whose token is not enough; the text names the way out.
+            401 or 429 as of `caller` for a token that is none.
         """
         caller = caller_of(request)
         if role >= Role.OPERATOR and not followed_here(request):
             raise Refusal(403, "a link on another site led here; it may show, and change or reveal nothing")
         if caller.role >= role:
             return
+        if caller.refusal is not None:
+            raise caller.refusal
         asked = f"{request.method} {request.path[:200]} needs the role {role.title}"
         if caller.by_token:
             raise Refusal(403, f"{asked}, and the token of {caller.name!r} has the role {caller.role.title}")
@@ -134,11 +146,16 @@ class Gate:
         )
 
     def signs_in(self, request: Asking, refusal: Refusal) -> web.Response | None:
-        """A person who opens a page and has to show a token is led to where that is done."""
+        """A person who opens a page and has to show a token is led to where that is done, and from there back.
+
+        What an open page asks for by a script stays refused: the page itself leads there.
+        """
         is_page = request.method == "GET" and "text/html" in request.headers.get("Accept", "")
-        if refusal.status != 401 or not is_page or not self._names.page:
+        is_script = request.headers.get("HX-Request") == "true"
+        if refusal.status != 401 or not is_page or is_script or not self._names.page:
             return None
-        return web.Response(status=303, headers={"Location": self._names.page, "Cache-Control": "no-store"})
+        location = with_next(self._names.page, request.raw_path)
+        return web.Response(status=303, headers={"Location": location, "Cache-Control": "no-store"})
 
 
 GATE: web.AppKey[Gate] = web.AppKey("gate", Gate)
@@ -155,10 +172,10 @@ async def admitted(request: R, handler: HandlerOf[R]) -> web.StreamResponse:
     role = needed(request)
     try:
         request[CALLER] = await gate.caller(request)
-    except Refusal:
+    except Refusal as refusal:
         if role > Role.NOBODY:
             raise
-        request[CALLER] = Caller("anonymous", Role.NOBODY)
+        request[CALLER] = Caller("anonymous", Role.NOBODY, refusal=refusal)  # what is proxied is judged later
     try:
         gate.require(request, role)
         response = await handler(request)

@@ -98,4 +98,5 @@ def needed(request: Asking) -> Role:
     is_static = isinstance(match.route.resource, web.StaticResource)  # what every page loads, that to sign in too
     if match.http_exception is not None or is_static:
         return Role.NOBODY
-    return declared(match.handler, request.method).of(request.query)
+    wanted = declared(match.handler, request.method)
+    return wanted.of(request.query) if wanted.with_parameter else wanted.role

@@ -1,8 +1,8 @@
 """What the routes of both programs need, for a proxy before them: the two programs do not import each other.
 
 The declarations (`@needs`) are on the routes; a test holds this table against them (`tests/test_access_table.py`).
-A path is looked up in every reading that a server behind might give it: decoded once or twice, with `//`, `.`, `..`
-and a `/` at its end taken out. The highest role counts.
+A path is looked up in every reading that a server behind might give it: decoded once or twice, with `//`, `.`, `..`,
+a `/` at its end and what follows a `#` taken out. The highest role counts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ DECLARED: Mapping[tuple[str, str], Needs] = {
     ("GET", "/loglevel"): Needs(Role.VIEWER, {"level": Role.OPERATOR}),
     ("GET", "/conf"): Needs(Role.VIEWER, {"show_secrets": Role.ADMIN}),
     ("POST", "/run_script"): Needs(Role.ADMIN),
+    ("POST", "/controller/workers"): Needs(Role.ADMIN),
     ("POST", "/cache/lookup"): _VIEWER,
     ("POST", "/lookup"): _VIEWER,
     ("POST", "/health"): _VIEWER,
@@ -52,7 +53,7 @@ BY_METHOD: frozenset[tuple[str, str]] = frozenset(
             /api/timeline /api/stream /sd/prometheus
             """,
         "POST": """
-            /conf /metrics/reset /controller/workers /clear /pin /compress /decompress /move
+            /conf /metrics/reset /clear /pin /compress /decompress /move
             /chunk_statistics/start /chunk_statistics/stop
             /chunk_statistics/reset /cache/kvcache/record_slot /lookup/close /lookup/create /lookup/recreate
             /cache/load-fs-chunks /backends /backends/{}/recreate /cache/store /cache/retrieve
@@ -102,7 +103,7 @@ def _readings(path: str) -> Iterator[str]:
     for _ in range(1 + MAX_DECODED):
         inner = _innermost(path)
         yield inner
-        yield posixpath.normpath("/" + inner.lstrip("/"))
+        yield _innermost(posixpath.normpath("/" + inner.partition("#")[0].lstrip("/")))
         path = unquote(path)
 
 

@@ -34,6 +34,9 @@ MAX_LENGTH = 512
 LOOK_SECONDS = 1.0
 """How often the file is looked at, at most."""
 
+SHOWN = 40
+"""Characters of a value in a message."""
+
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _NAME = re.compile(r"[ -~]{1,64}")
 _TOKEN = re.compile(r"[!-~]+")
@@ -143,6 +146,8 @@ def _read(file: str) -> tuple[list[_Entry], list[str]]:
             problems.append(f"{place}: {entry.name!r} has the token of {entries[entry.sha256].name!r}; left out")
         else:
             entries[entry.sha256] = entry
+    if not entries:
+        problems.append(f"{file}: no token in it can be used; expected tokens: with a list of {{name, role, sha256}}")
     return list(entries.values()), problems
 
 
@@ -183,7 +188,7 @@ def _entry(form: Any) -> _Entry | str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         return "name: expected a text of 1 to 64 ASCII characters"
     if not isinstance(role, str) or role not in ROLES:
-        return f"role: expected one of {', '.join(ROLES)}"
+        return f"role: expected one of {', '.join(ROLES)}, found {ascii(role)[:SHOWN]}"
     if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
         return "sha256: expected 64 hex digits in quotes, as `printf %s TOKEN | sha256sum` writes them"
     return _Entry(name, ROLES[role], bytes.fromhex(digest))

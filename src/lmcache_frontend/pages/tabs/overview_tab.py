@@ -17,6 +17,7 @@ class Panel:
 
     title: str
     keys: tuple[str, ...]
+    note: str = ""
 
     @property
     def unit(self) -> str:
@@ -26,15 +27,21 @@ class Panel:
     def series(self) -> tuple[Series, ...]:
         return tuple(SERIES[key] for key in self.keys)
 
+    def word(self, series: Series) -> str:
+        """What a series is called beside the others of its picture."""
+        return _WORDS.get(series.key, series.title.rpartition(", ")[2]) if len(self.keys) > 1 else "Now"
+
+
+_WORDS = {"lookup_hit_rate": "Of looked up", "hit_rate": "Of requested"}
 
 PANELS = (
     Panel("Tokens", ("requested_tokens", "hit_tokens", "stored_tokens")),
-    Panel("Hit rate", ("lookup_hit_rate", "hit_rate")),
+    Panel("Hit rate", ("lookup_hit_rate", "hit_rate"), "of tokens"),
     Panel("Time to retrieve", ("retrieve_p50", "retrieve_p95", "retrieve_p99")),
     Panel("Time to store", ("store_p50", "store_p95", "store_p99")),
     Panel("Cache use", ("cpu_bytes", "disk_bytes", "remote_bytes")),
     Panel("Requests", ("retrieves", "stores", "lookups")),
-    Panel("Load", ("load",)),
+    Panel("Load", ("load",), "seconds of retrieving and storing per second"),
     Panel("Evictions", ("evictions",)),
     Panel("Failures", ("failures",)),
     Panel("Unfinished requests", ("unfinished",)),

@@ -32,30 +32,33 @@ def not_reached(answer: Answer, node: Node, proxy: str) -> str | None:
     """
     if not node.reach.prefix or (answer.sandboxed and len(node.through) == 1):
         return None  # its own, or what the one frontend between, one of ours, has from it
-    detail = _detail(answer)
+    detail = _said(answer, "detail")
     who = f"a frontend behind {proxy}" if answer.sandboxed else proxy
     if answer.status == 404 and _NOT_THERE.fullmatch(detail):
         return f"{who} no longer has it"
     if answer.status == 409 and _NOT_CLEAR.match(detail):
         return f"{who} has several nodes of its name"
+    if answer.status == 401 and not answer.sandboxed:
+        return f"{who} answers 401: it asks for a token, or for another one, as token in its entry"
     if answer.status == 403:
         return f"{who} answers 403: it does not let the node be reached"
     # LMCache's frontend marks nothing: of its answers those with an error of a server are failures, whoever made them
     if not answer.sandboxed and (answer.status >= 500 or (answer.status >= 400 and node.through)):
-        return f"{proxy} answers {answer.status}" + (f": {_shown(detail)}" if detail else "")
+        told = ": ".join(text for text in (detail, _said(answer, "reason")) if text)
+        return f"{proxy} answers {answer.status}" + (f": {_shown(told)}" if told else "")
     return None
 
 
-def _detail(answer: Answer) -> str:
-    """What a refusal says, in the one shape that both have."""
+def _said(answer: Answer, key: str) -> str:
+    """What a refusal says: `detail` in the one shape that both have, `reason` in ours."""
     if answer.status < 400 or answer.body is None:
         return ""
     try:
         body = json.loads(answer.body)
     except (ValueError, RecursionError):
         return ""
-    detail = body.get("detail") if isinstance(body, dict) else None
-    return detail if isinstance(detail, str) else ""
+    said = body.get(key) if isinstance(body, dict) else None
+    return said if isinstance(said, str) else ""
 
 
 def _shown(detail: str) -> str:

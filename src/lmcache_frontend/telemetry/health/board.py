@@ -352,7 +352,10 @@ def _outcome(answer: Answer, health: NodeHealth) -> Checked:
     if problem is not None or answer.status >= 500:
         return Checked(problem or f"answers {answer.status}")
     version = version_of(answer.body) if answer.status == 200 and answer.body is not None else None
-    return Checked(milliseconds=answer.milliseconds, version=version)
+    note = (
+        "answers 401: it asks for a token, or for another one, as token in its entry" if answer.status == 401 else None
+    )
+    return Checked(note=note, milliseconds=answer.milliseconds, version=version)
 
 
 def version_of(body: bytes) -> str | None:

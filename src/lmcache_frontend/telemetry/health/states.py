@@ -25,9 +25,13 @@ SLOW_MILLISECONDS = 1000.0
 
 @dataclass(frozen=True)
 class Checked:
-    """What one check found: an answer when `problem` is `None`; with `asked` false the node could not be asked."""
+    """What one check found: an answer when `problem` is `None`; with `asked` false the node could not be asked.
+
+    `note` is what is wrong with an answer that shows nevertheless that the node serves.
+    """
 
     problem: str | None = None
+    note: str | None = None
     milliseconds: float | None = None
     version: str | None = None
     asked: bool = True
@@ -38,8 +42,8 @@ class NodeHealth:
     """A node's health.
 
     `since` is when its state began, `checked` when it was asked last, `successes` and `failures` count those in a row
-    until now. `problem` is why it is not up, or why the last check of a node that still counts as up failed. `version`,
-    `role`, `model` and `instance` are the last known ones, also of a node that is down.
+    until now. `problem` is why it is not up, why the last check of a node that still counts as up failed, or what is
+    wrong with its answer. `version`, `role`, `model` and `instance` are the last known ones, also of one that is down.
     """
 
     node: Node
@@ -107,7 +111,7 @@ def after(health: NodeHealth, found: Checked, now: datetime, *, rise: int = RISE
     if milliseconds > SLOW_MILLISECONDS:
         late = f"answered after {milliseconds / 1000:.1f} seconds; from {SLOW_MILLISECONDS / 1000:g} on it is slow"
         return _in_state(counted, "slow", late, now)
-    return _in_state(counted, "up", None, now)
+    return _in_state(counted, "up", found.note, now)
 
 
 def _in_state(health: NodeHealth, state: State, problem: str | None, now: datetime) -> NodeHealth:

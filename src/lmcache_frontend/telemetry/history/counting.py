@@ -26,11 +26,15 @@ Observed = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Point:
-    """A node's values in the order of `KEPT`, and what each histogram observed, if that is known and not nothing."""
+    """A node's values in the order of `KEPT`, and what each histogram observed, if that is known and not nothing.
+
+    `started` is when its process began, in Unix time, where the node tells.
+    """
 
     values: list[float]
     observed: dict[str, Observed] = field(default_factory=dict)
     restarted: bool = False
+    started: float | None = None
 
 
 def between(before: Reading | None, now: Reading) -> Point:
@@ -44,7 +48,9 @@ def between(before: Reading | None, now: Reading) -> Point:
             found = _observed(name, before, now)
             if found is not None:
                 observed[name] = found
-    return Point([_value(series, before, now, observed) for series in KEPT], observed, restarted)
+    values = [_value(series, before, now, observed) for series in KEPT]
+    started = now.scalars.get(STARTED) if now.samples.get(STARTED, 1) == 1 else None
+    return Point(values, observed, restarted, started)
 
 
 def quantile(observed: Observed, share: float) -> float:
@@ -60,7 +66,7 @@ def quantile(observed: Observed, share: float) -> float:
         return bounds[number - 1] if number else NAN
     lower, below = (bounds[number - 1], counts[number - 1]) if number else (min(0.0, upper), 0.0)
     inside = counts[number] - below
-    return lower + (upper - lower) * (rank - below) / inside if inside > 0 else upper
+    return min(lower + (upper - lower) * (rank - below) / inside, upper) if inside > 0 else upper  # rounding exceeds it
 
 
 def merged(all_observed: Iterable[Observed]) -> Observed | None:

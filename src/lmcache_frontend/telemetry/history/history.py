@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmcache_frontend.telemetry.health.states import State
@@ -55,6 +55,7 @@ class Latest:
         values: by series; `None` where nothing is known.
         problem: why the last attempt gave nothing. Then the values are of the attempt before.
         revision: of the history, when this was written.
+        started: when the node's process began, in Unix time, where it tells.
     """
 
     time: float | None = None
@@ -62,6 +63,7 @@ class Latest:
     values: Mapping[str, float | None] = field(default_factory=dict)
     problem: str | None = None
     revision: int = 0
+    started: float | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class History:
         node = self._node(key)
         if node.ring is not None:
             node.ring.write(slot, point.values, point.observed, slots)
-        node.latest = self._latest(dict(zip(_KEYS, point.values, strict=True)))
+        node.latest = replace(self._latest(dict(zip(_KEYS, point.values, strict=True))), started=point.started)
         self._round.add(point)
 
     def note(self, key: NodeKey, problem: str) -> None:
@@ -157,8 +159,7 @@ class History:
         node = self._node(key)
         if node.latest.problem != problem:
             self.revision += 1
-            before = node.latest
-            node.latest = Latest(before.time, before.moment, before.values, problem, self.revision)
+            node.latest = replace(node.latest, problem=problem, revision=self.revision)
 
     def end_round(self, slot: int, slots: int, states: Mapping[State, int]) -> None:
         """The cluster's totals of the round of `slot`; `states` are how many nodes are in each."""

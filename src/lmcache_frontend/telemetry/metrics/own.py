@@ -189,7 +189,11 @@ class _Targets:
         return True
 
     def labels(self, address: Address, path: str) -> TargetLabels:
-        by_prefix = self._found.get(address, {})
+        by_prefix = self._found.get(address)
+        if by_prefix is None:
+            return OTHER
+        if len(by_prefix) == 1 and "" in by_prefix:
+            return by_prefix[""]  # there is nothing behind it
         rest = path.partition("?")[0]
         segments = rest.split("/", MAX_PREFIX_SEGMENTS + 1)[: MAX_PREFIX_SEGMENTS + 1]
         for count in range(len(segments) if any(by_prefix) else 1, 0, -1):
@@ -244,16 +248,19 @@ class OwnMetrics:
         return self._targets.labels(address, path)
 
     def _ended(self, watched: Watched, error: str | None) -> None:
-        target = watched.target
+        target, traffic = watched.target, watched.traffic
         self._by_worker[0] += 1
-        self._count(target, _BY_CLASS[watched.status // 100])
         self._tally.observe(target.kind, time.perf_counter() - watched.began)
-        if watched.traffic.sent:
-            self._count(target, _SENT, watched.traffic.sent)
-        if watched.traffic.received:
-            self._count(target, _RECEIVED, watched.traffic.received)
+        counts = self._counts(target)
+        series = _BY_CLASS[watched.status // 100]
+        counts[series] = counts.get(series, 0) + 1
+        if traffic.received:
+            counts[_RECEIVED] = counts.get(_RECEIVED, 0) + traffic.received
+        if traffic.sent:
+            counts[_SENT] = counts.get(_SENT, 0) + traffic.sent
         if error is not None:
-            self._count(target, Series("proxy_errors_total", error))
+            series = Series("proxy_errors_total", error)
+            counts[series] = counts.get(series, 0) + 1
 
     def take(self) -> Counted:
         """What was counted since the last time, to be counted by another process."""
@@ -267,7 +274,8 @@ class OwnMetrics:
         self._forget_the_gone()
         self._by_worker[worker] = self._by_worker.get(worker, 0) + counted.requests
         for labels, family, last, amount in counted.counts:
-            self._count(TargetLabels(*labels), Series(family, last), amount)
+            counts, series = self._counts(TargetLabels(*labels)), Series(family, last)
+            counts[series] = counts.get(series, 0) + amount
         for kind, seconds in counted.seconds.items():
             self._tally.add_seconds(kind, seconds)
 
@@ -298,9 +306,9 @@ class OwnMetrics:
 
         return write
 
-    def _count(self, target: TargetLabels, series: Series, amount: int = 1) -> None:
+    def _counts(self, target: TargetLabels) -> dict[Series, int]:
         # one that left while it was asked is no longer told by its name
-        self._tally.count(target if target in self._targets.known else OTHER, series, amount)
+        return self._tally.of_target(target if target in self._targets.known else OTHER)
 
     def _forget_the_gone(self) -> None:
         """Series of nodes that are no longer registered end, or they would pile up as nodes come and go."""

@@ -50,11 +50,12 @@ class Tally(Generic[T]):
         self._counts: dict[T, dict[Series, int]] = {}
         self._seconds: dict[str, Seconds] = {}
 
-    def count(self, target: T, series: Series, amount: int = 1) -> None:
-        of_target = self._counts.get(target)
-        if of_target is None:
-            of_target = self._counts[target] = {}
-        of_target[series] = of_target.get(series, 0) + amount
+    def of_target(self, target: T) -> dict[Series, int]:
+        """The counts of a target, to be added to."""
+        found = self._counts.get(target)
+        if found is None:
+            found = self._counts[target] = {}
+        return found
 
     def observe(self, kind: str, seconds: float) -> None:
         found = self._seconds.get(kind)

@@ -8,22 +8,38 @@ const title = document.title;
 const opened = new Date().toLocaleTimeString();
 const pause = 1000 * Number(part?.dataset.refresh ?? 0);
 let asked = Date.now();
+const version = facts().version;
 let busy = false;
 let changed = false;
+let leaving = false;
 let stream = null;
 
 function facts() {
   return document.getElementById("facts")?.dataset ?? {};
 }
 
-function lost() {
+function anew() {
+  if (!leaving) location.reload();
+  leaving = true;
+}
+
+// Signed out, or what was shown is gone: the page itself says so, and leads on.
+function refused(event) {
+  const status = event.detail?.ctx?.response?.status;
+  if ([401, 403, 404].includes(status)) return anew();
+  lost(status);
+}
+
+function lost(status) {
   busy = false;
+  document.getElementById("what").textContent = Number.isInteger(status) ? `The frontend answers ${status}.` : "The frontend does not answer.";
   document.getElementById("since").textContent = facts().time ?? opened;
   offline.hidden = false;
   document.title = "LMCache: no answer";
 }
 
 function fresh() {
+  if (facts().version !== version) return anew(); // a newer frontend: its parts need its style and scripts
   busy = false;
   offline.hidden = true;
   document.title = facts().title ?? title;
@@ -37,7 +53,7 @@ function disturbs() {
 }
 
 function refresh() {
-  if (busy || disturbs() || part.querySelector("[data-settled]") || Date.now() - asked < pause) return;
+  if (busy || leaving || disturbs() || part.querySelector("[data-settled]") || Date.now() - asked < pause) return;
   if (stream?.readyState === EventSource.OPEN && !changed) return;
   [busy, changed, asked] = [true, false, Date.now()];
   part.dispatchEvent(new Event("refresh"));
@@ -61,7 +77,7 @@ function listen() {
 
 if (pause) {
   document.addEventListener("htmx:error", lost);
-  document.addEventListener("htmx:response:error", lost);
+  document.addEventListener("htmx:response:error", refused);
   document.addEventListener("htmx:after:swap", fresh);
   document.addEventListener("visibilitychange", () => {
     listen();
