@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from html import unescape
@@ -14,6 +15,7 @@ from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend.nodes.node import LOCAL_PROXY
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from tests.frontend.boards import settled
+from tests.frontend.upstream import Upstream, serving
 
 ADMIN = "an-admin-of-sixteen"
 
@@ -206,21 +208,45 @@ async def test_a_token_is_shown_nowhere_and_stays(frontend_server: StartFrontend
     secret = "a-secret-of-a-node"
     frontend = await frontend_server(nodes=[{"name": "w", "host": "127.0.0.1", "port": 9, "token": secret}])
     which = {"of_proxy": LOCAL_PROXY, "of_name": "w"}
-    form = {"kind": "node", "name": "w", "host": "127.0.0.1", "port": "10"}
+    form = {"kind": "node", "name": "w2", "host": "127.0.0.1", "port": "9"}
     for path in ("/manage", "/manage/sources", f"/manage/entry?proxy={LOCAL_PROXY}&name=w"):
         async with frontend.client.get(path) as response:
             assert secret not in await response.text()
     assert secret not in await sent(frontend, "/manage/entry/change", **which, **form, confirmed="yes")
 
     def token() -> str | None:
-        node = frontend.server.cluster.registry.node(LOCAL_PROXY, "w")
+        node = frontend.server.cluster.registry.node(LOCAL_PROXY, "w2")
         assert node is not None
         return node.token
 
     assert token() == secret
+    which["of_name"] = "w2"
     assert "Token one none" in await sent(frontend, "/manage/entry/change", **which, **form, no_token="yes")
     await sent(frontend, "/manage/entry/change", **which, **form, no_token="yes", confirmed="yes")
     assert token() is None
+
+
+async def test_a_token_does_not_go_to_another_address(frontend_server: StartFrontend) -> None:
+    secret = "a-secret-of-a-node"
+    seen: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            seen.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+    nodes = [{"name": "w", "host": "127.0.0.1", "port": 9, "token": secret}]
+    nodes.append({"name": "rack", "host": "127.0.0.1", "port": 9, "token": secret, "nodes": []})
+    frontend = await frontend_server(nodes=nodes, no_history=True)
+    async with serving(Upstream(talk=talk)) as upstream:
+        for which in ({"of_proxy": LOCAL_PROXY, "of_name": "w"}, {"of_proxy": "rack"}):
+            kind = "node" if "of_name" in which else "proxy"
+            form = {"kind": kind, "name": "w", "host": "127.0.0.1", "port": str(upstream.node["port"]), **which}
+            await sent(frontend, "/manage/test", **form)
+            text = await sent(frontend, "/manage/entry/change", **form)
+            assert "Token one none" in text, text
+    assert seen
+    assert not any(secret.encode() in head for head in seen)
 
 
 async def test_viewers_look_and_operators_change(frontend_server: StartFrontend) -> None:
