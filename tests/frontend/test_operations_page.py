@@ -320,3 +320,21 @@ def test_forms_that_are_none(kind: str, fields: dict[str, str], problem: str) ->
 def test_secrets_are_not_shown_in_a_plan() -> None:
     values = {"settings": 'internal_api_server_token = "a-secret-of-sixteen"'}
     assert "a-secret" not in kinds.KINDS["settings"].new(values)
+
+
+async def test_what_was_refused_is_not_under_way_for_ever(api_server: StartApi, frontend_server: StartFrontend) -> None:
+    worker = await api_server()
+    frontend = await frontend_server(nodes=[worker.node])
+    form = {"scope": "all", "kind": "freeze", "switch": "enable"}
+    circle = {"Via": ", ".join(["1.1 lmcache-frontend"] * 64)}
+    for _ in range(running.MAX_RUNNING):
+        async with frontend.client.post("/operations", data=form, headers=circle) as response:
+            assert response.status == 508
+    for _ in range(running.MAX_RUNNING):
+        number = await planned(frontend, **form)
+        async with frontend.client.post(f"/operations/{number}/start", headers=circle) as response:
+            assert response.status == 508
+        assert statuses(await told(frontend, number)) == {"lmcache_worker0": "cancelled"}
+    number = await planned(frontend, **form)
+    await started(frontend, number)
+    await in_state(frontend, number, "done")

@@ -213,10 +213,15 @@ class Operations:
         self._kept[made.number] = made
         self._forget()
         asked, turns = [], Turns()
-        for row, health in zip(made.rows, nodes, strict=True):  # while the caller is here
-            asked.append((row, Asked(request, row.proxy, health.node, kind.read(values), is_event=False)))
-            await turns.next()
-        self._begin(made, self._read(made, asked))
+        try:
+            for row, health in zip(made.rows, nodes, strict=True):  # while the caller is here
+                asked.append((row, Asked(request, row.proxy, health.node, kind.read(values), is_event=False)))
+                await turns.next()
+        except BaseException:  # it would be under way for ever
+            del self._kept[made.number]
+            raise
+        if made.is_busy:  # nobody has cancelled it meanwhile
+            self._begin(made, self._read(made, asked))
         return made
 
     async def start(self, request: web.Request, operation: Operation, also: Sequence[Status]) -> None:
@@ -233,17 +238,19 @@ class Operations:
         if not any(row.status in taken for row in operation.rows):
             raise Refusal(409, "there is nothing to do: no node of this plan is chosen")
         operation.state, operation.begun = "running", time.time()
-        question, turns, asked = operation.kind.ask(operation.values), Turns(), []
         for row in operation.rows:
-            if row.status not in taken:
+            if row.status in taken:
+                row.status, row.text = "waiting", ""
+            else:
                 row.text = row.text or {"same": "is so already"}.get(row.status, "")
                 row.status = "left"
-                continue
-            row.status, row.text = "waiting", ""
-            node = request.app[REGISTRY].node(row.proxy, row.name)
-            way = None if node is None else Asked(request, row.proxy, node, question, is_event=False)
-            asked.append((row, way))
-            await turns.next()
+        try:
+            asked = await self._asked(request, operation)
+        except BaseException:  # it would be under way for ever
+            for row in operation.rows:
+                row.status = "cancelled" if row.status == "waiting" else row.status
+            operation.state, operation.ended = "cancelled", time.time()
+            raise
         self._tell(operation, f"{operation.title} on {len(asked)} nodes: begun")
         self._begin(operation, self._carry_out(operation, asked))
 
@@ -269,6 +276,18 @@ class Operations:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _asked(self, request: web.Request, operation: Operation) -> list[tuple[Row, Asked | None]]:
+        """What is to be sent to those that wait, made while the caller is here."""
+        question, turns = operation.kind.ask(operation.values), Turns()
+        asked: list[tuple[Row, Asked | None]] = []
+        for row in operation.rows:
+            if row.status == "waiting":
+                node = request.app[REGISTRY].node(row.proxy, row.name)
+                way = None if node is None else Asked(request, row.proxy, node, question, is_event=False)
+                asked.append((row, way))
+                await turns.next()
+        return asked
 
     def _refuse_others(self, request: web.Request, operation: Operation) -> None:
         if not operation.is_of(caller_of(request)):
