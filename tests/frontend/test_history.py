@@ -415,6 +415,18 @@ def test_a_frame_has_gaps_and_the_moments_of_its_steps() -> None:
     assert history.frame(None, ["nodes_up"], now - 10, now).values["nodes_up"] == [2, 2, 2]
 
 
+@pytest.mark.parametrize("late", [0.0, 5.0])
+def test_the_past_hour_is_told_at_five_seconds(late: float) -> None:
+    history, clock = filled(FINE_POINTS + 20)
+    now = clock.wall() - late
+    frame = history.frame(KEY, ["hit_tokens"], now - 3600, now, 1440)
+    assert frame.step == 5
+    assert FINE_POINTS - 1 <= len(frame.times) <= FINE_POINTS
+    assert None not in frame.values["hit_tokens"]
+    assert history.frame(KEY, ["hit_tokens"], now - 3600, now, 300).step == 15
+    assert history.frame(KEY, ["hit_tokens"], now - 3700, now, 1440).step == 60
+
+
 @given(st.floats(0, 90_000), st.floats(0, 90_000), st.integers(1, 500))
 @settings(max_examples=100, deadline=None)
 def test_a_frame_is_never_larger_than_asked_for(back: float, length: float, points: int) -> None:

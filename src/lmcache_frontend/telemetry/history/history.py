@@ -235,9 +235,10 @@ class History:
         newest = self.slot()
         first, last = (int(self.clock.moment(stamp) // self.slot_seconds) for stamp in (start, end))
         last = min(last, newest)
-        is_fine = first > newest - FINE_POINTS
-        unit = 1 if is_fine else FINE_PER_COARSE
-        first, last = max(first // unit, newest // unit - COARSE_POINTS + 1), last // unit
+        # An hour back is a slot more than an hour has, and `newest` may be the next one already.
+        is_fine = first >= newest - FINE_POINTS - 1
+        unit, kept = (1, FINE_POINTS) if is_fine else (FINE_PER_COARSE, COARSE_POINTS)
+        first, last = max(first // unit, newest // unit - kept + 1), last // unit
         step = max(-(-(last - first + 1) // points), 1)
         while last // step - first // step + 1 > points:
             step += 1
