@@ -35,6 +35,17 @@ NESTED: dict[str, object] = {
 MIXED = [{key: ODD[(7 * i + k) % len(ODD)] for i, key in enumerate(KEYS)} for k in range(0, len(ODD), 3)]
 BODIES = [*(json.dumps(odd) for odd in (*MIXED, NESTED)), "[]", "\x00"]
 
+LONE = '"\\ud800 <b>"'
+UNREADABLE = (
+    (200, f'{{"a": {LONE}, "status": {LONE}, "layers": {{{LONE}: 1}}, "threads": [{{"name": {LONE}}}]}}'),
+    (200, '{"a": 1%s, "total_requests": 1%s, "threads": [{"interval": 1%s}]}' % (("0" * 400,) * 3)),
+    (200, '# TYPE a counter\na_#otal{l="v", ="w"} 3.0 123\n'),
+    (422, f'{{"detail": [{{"loc": 5, "msg": {LONE}}}, {{"loc": "x"}}, 3]}}'),
+    (500, f'{{"error": {LONE}}}'),
+)
+TABS = ("switches", "cache", "controller", "multiprocess", "metrics", "threads", "periodic", "loglevel", "conf", "meta")
+TABS += ("inference", "env", "chunks", "lookup", "script")
+
 PATHS = [
     ("switches", ""),
     ("cache", "?start=0&end=9"),
@@ -87,3 +98,14 @@ async def test_any_answer_makes_a_page(frontend_server: StartFrontend, body: str
         for name, action in ACTIONS:
             assert "<b>" not in await act(frontend, f"{tab('upstream', name)}/{action}", **FIELDS)  # type: ignore[arg-type]
             assert "<b>" not in await act(frontend, f"{tab('upstream', name)}/{action}", True, **FIELDS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("status", "body"), UNREADABLE, ids=range(len(UNREADABLE)))
+async def test_what_cannot_be_told_on_makes_a_page(frontend_server: StartFrontend, status: int, body: str) -> None:
+    answer = f"HTTP/1.1 {status} It\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    async with serving(Upstream(answer)) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node], no_history=True)
+        for name in TABS:
+            assert "<b>" not in await page(frontend, tab("upstream", name))
+        text = await page(frontend, "/compare?what=meta&key=a%26q%3Db")
+        assert 'name="back" value="?what=meta&amp;key=a%26q%3Db"' in text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ _KINDS: Mapping[int, Kind] = {
 }
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came of a question.
@@ -100,9 +104,11 @@ class Outcome:
         return self.body.decode("utf-8", "replace")
 
     def json(self) -> object:
-        """The answer as JSON; None when it is none."""
+        """The answer as JSON; None when it is none. A lone surrogate, which no page can hold, is a question mark."""
         try:
             found: object = json.loads(self.body)
+            if _SURROGATE.search(self.body):  # most are one half of a pair
+                found = json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
         except (ValueError, RecursionError):
             return None
         return found
@@ -268,7 +274,7 @@ def _detail(body: bytes) -> str:
     said = found.get("message") or found.get("detail") or found.get("error")
     if isinstance(said, list):  # what is wrong with parameters
         said = "; ".join(
-            f"{'.'.join(str(part) for part in it.get('loc', ()))}: {it.get('msg')}"
+            f"{'.'.join(map(str, loc)) if isinstance(loc := it.get('loc'), list) else ''}: {it.get('msg')}"
             for it in said
             if isinstance(it, dict)
         )

@@ -51,7 +51,7 @@ async def page(request: web.Request) -> web.Response:
         "words": words,
         "roles": roles(request.app),
         "now": datetime.datetime.now().astimezone(),
-        "back": f"?{request.query_string}",
+        "back": f"?{request.rel_url.raw_query_string}",
         "query_of": lambda name, **other: _query(request, name, other),
     }
     needed = max(of_proxied("GET", path).role for path in subject.paths)

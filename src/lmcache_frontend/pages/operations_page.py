@@ -174,7 +174,8 @@ async def as_csv(request: web.Request) -> web.Response:
         seconds = "" if row.seconds is None else f"{row.seconds:.3f}"
         cells = (row.proxy, row.name, row.status, row.old, operation.new, row.text, seconds)
         table.writerow([_cell(cell) for cell in cells])
-    return web.Response(text=text.getvalue(), content_type="text/csv", headers=_download(operation, "csv"))
+    body = text.getvalue().encode("utf-8", "replace")
+    return web.Response(body=body, content_type="text/csv", charset="utf-8", headers=_download(operation, "csv"))
 
 
 def key_of(proxy: str, name: str) -> str:
@@ -216,4 +217,4 @@ def _download(operation: Operation, ending: str) -> dict[str, str]:
 
 def _cell(text: str) -> str:
     """A table program takes a cell that begins like this for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

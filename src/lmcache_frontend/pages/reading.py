@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 MAX_DEPTH = 12
+MAX_NUMBER = sys.float_info.max
 MAX_TEXT = 4000
 """Characters of one value."""
 
@@ -23,8 +24,8 @@ def listed(value: object) -> list[Any]:
 
 
 def number(value: object) -> float | None:
-    """The number that it is; None for all else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """The number that it is; None for all else, and for one that is larger than a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -MAX_NUMBER <= value <= MAX_NUMBER:
         return None
     return value
 

@@ -108,7 +108,8 @@ async def text_in_slices(app: web.Application, template: str, context: Mapping[s
 
 def page(text: str, status: int = 200) -> web.Response:
     """The answer that carries a page."""
-    return web.Response(text=text, status=status, content_type="text/html", headers=SECURITY_HEADERS)
+    body = text.encode("utf-8", "replace")
+    return web.Response(body=body, status=status, content_type="text/html", charset="utf-8", headers=SECURITY_HEADERS)
 
 
 def _navigation(request: web.Request) -> list[tuple[str, str, str, bool]]:

@@ -77,6 +77,7 @@ function draw(section, data) {
   const columns = [data.times, ...keys.map((key) => data.series[key])];
   const plot = plots.get(section.id);
   if (plot?.root.isConnected) return plot.setData(columns);
+  plot?.destroy(); // its chart was taken out of the page meanwhile
   place.replaceChildren();
   plots.set(section.id, new uPlot(options(section, place.clientWidth), columns, place));
 }
