@@ -39,6 +39,9 @@ LONE = '"\\ud800 <b>"'
 UNREADABLE = (
     (200, f'{{"a": {LONE}, "status": {LONE}, "layers": {{{LONE}: 1}}, "threads": [{{"name": {LONE}}}]}}'),
     (200, '{"a": 1%s, "total_requests": 1%s, "threads": [{"interval": 1%s}]}' % (("0" * 400,) * 3)),
+    (200, '{"kv_shape": [1e300, 1e300], "kv_dtype": "float16", "chunk_size": 1}'),
+    (200, '{"storage_manager": {"l1_managers": {"a": {"memory_used_bytes": 1%s}}}}' % ("0" * 400)),
+    (200, f'{{"layers": {{"a": {{"shape": {[1 << 39] * 99}, "dtype": "float16"}}}}}}'),
     (200, '# TYPE a counter\na_#otal{l="v", ="w"} 3.0 123\n'),
     (422, f'{{"detail": [{{"loc": 5, "msg": {LONE}}}, {{"loc": "x"}}, 3]}}'),
     (500, f'{{"error": {LONE}}}'),
@@ -107,5 +110,6 @@ async def test_what_cannot_be_told_on_makes_a_page(frontend_server: StartFronten
         frontend = await frontend_server(nodes=[upstream.node], no_history=True)
         for name in TABS:
             assert "<b>" not in await page(frontend, tab("upstream", name))
+        assert "<b>" not in await page(frontend, f"{tab('upstream', 'cache')}?view=layout")
         text = await page(frontend, "/compare?what=meta&key=a%26q%3Db")
         assert 'name="back" value="?what=meta&amp;key=a%26q%3Db"' in text

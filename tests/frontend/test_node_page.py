@@ -45,6 +45,26 @@ async def test_any_name_has_a_page(frontend_server: StartFrontend, name: str) ->
         assert response.url.raw_path == path, "no browser would take it for a step in the path"
 
 
+async def test_a_node_that_refuses_one_caller_shows_its_tabs_to_another(frontend_server: StartFrontend) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            known = b"Bearer the-nodes-own-token" in head
+            status = b"404 No" if known and not head.startswith((b"OPTIONS /metrics ", b"GET / ")) else b"405 No"
+            writer.write(b"HTTP/1.1 %s\r\nContent-Length: 0\r\n\r\n" % (status if known else b"401 No"))
+            await writer.drain()
+
+    async with serving(Upstream(talk=talk)) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node], no_history=True)
+        await settled(frontend)
+        path = f"{frontend.url}/nodes/local_proxy/upstream"
+        seen = []
+        for headers in ({}, {"Authorization": "Bearer the-nodes-own-token"}):
+            async with frontend.client.get(path, headers=headers) as response:
+                seen.append("/threads" in (await response.text()).partition('class="tabs"')[2].partition("</nav>")[0])
+        assert seen == [True, False]
+
+
 async def test_tabs_that_a_node_cannot_fill_are_not_shown(api_server: StartApi, frontend_server: StartFrontend) -> None:
     worker = await api_server(role="worker")
     async with serving(Upstream(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")) as upstream:

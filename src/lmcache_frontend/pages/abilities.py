@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from aiohttp import web
 
 from lmcache_frontend.pages.asking import Question
+from lmcache_frontend.pages.gathering import whose
 from lmcache_frontend.pages.tabs import Tab, View
 
 MAX_NODES = 1000
-"""So many are remembered, those that were looked at last."""
+"""So many are remembered, each for those who may ask it the same; those that were looked at last."""
 
 KEPT_SECONDS = 60.0
 PROBE_SECONDS = 3.0
@@ -38,12 +39,12 @@ class Abilities:
     """Remembers what nodes cannot do."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[str, str], _Known] = OrderedDict()
+        self._known: OrderedDict[Hashable, _Known] = OrderedDict()
 
     async def tabs(self, view: View, tabs: Iterable[Tab]) -> list[Tab]:
         """The tabs that this node can fill; of one that does not answer those that it could when it last did."""
         all_tabs = list(tabs)
-        key = (view.proxy, view.node.name)
+        key = (view.proxy, view.node.name, whose(view.request))  # a node that refuses one caller tells another one
         health = view.health
         is_node = (view.node.reach, health.version, health.role)
         known = self._known.get(key)

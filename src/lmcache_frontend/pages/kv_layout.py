@@ -17,6 +17,7 @@ MAX_COLUMNS = 96
 MAX_LAYERS = 10_000
 MAX_EXTENT = 1 << 40
 """Of a tensor in one direction: what is more is no tensor."""
+MAX_AXES = 16
 HEIGHT = 320
 """Pixels of the picture, when there are enough rows for it."""
 
@@ -139,7 +140,11 @@ def read_layout(told: Mapping[str, object]) -> Layout:
     layers = []
     for name, layer in list(found.items())[:MAX_LAYERS] if isinstance(found, dict) else ():
         shape = layer.get("shape") if isinstance(layer, dict) else None
-        if isinstance(shape, list) and all(isinstance(it, int) and 0 <= it < MAX_EXTENT for it in shape):
+        if (
+            isinstance(shape, list)
+            and len(shape) <= MAX_AXES
+            and all(isinstance(it, int) and 0 <= it < MAX_EXTENT for it in shape)
+        ):
             layers.append(Layer(name, tuple(shape), str(layer.get("dtype", "")), str(layer.get("device", ""))))
     layers.sort(key=lambda layer: natural(layer.name))
     kinds: dict[tuple[object, ...], Kind] = {}

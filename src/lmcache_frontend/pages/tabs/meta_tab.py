@@ -13,6 +13,10 @@ from lmcache_frontend.pages.tabs import Tab, View
 _BYTES = {"64": 8, "32": 4, "16": 2, "8": 1}
 """Of one value, by the bits that its type's name ends in or has before a `_` (`float8_e4m3fn`)."""
 
+MAX_SIZE = 1 << 40
+MAX_AXES = 16
+"""What is more is no tensor, and its bytes no number."""
+
 _AXES = ("layers", "K and V", "tokens", "heads", "head size")
 
 
@@ -28,8 +32,8 @@ class Layout:
 
 def layout_of(shape: object, dtype: object, chunk_size: object) -> Layout | None:
     """The layout that metadata tells; None where they tell none."""
-    sizes = [int(size) for size in map(number, listed(shape)) if size is not None and size > 0]
-    if not sizes or len(sizes) != len(listed(shape)):
+    sizes = [int(size) for size in map(number, listed(shape)) if size is not None and 0 < size < MAX_SIZE]
+    if not 0 < len(sizes) == len(listed(shape)) <= MAX_AXES:
         return None
     names = _AXES if len(sizes) == len(_AXES) else tuple(f"axis {i}" for i in range(len(sizes)))
     kind = text(dtype).rpartition(".")[2]

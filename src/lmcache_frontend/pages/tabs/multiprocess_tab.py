@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from lmcache_frontend.pages.asking import Outcome, Question
 from lmcache_frontend.pages.confirming import Change, Form, Plan, Result
+from lmcache_frontend.pages.reading import number, record
 from lmcache_frontend.pages.tabs import Action, Tab, View, told
 from lmcache_frontend.pages.wording import size
 
@@ -78,10 +79,10 @@ async def show(view: View) -> Mapping[str, object]:
 
 def read_memories(status: Mapping[str, object]) -> list[Memory]:
     """The L1 caches of `/status`."""
-    found = _object(_object(status.get("storage_manager")).get("l1_managers"))
+    found = record(record(status.get("storage_manager")).get("l1_managers"))
     memories = []
     for name, it in found.items():
-        told = _object(it)
+        told = record(it)
         total = _number(told.get("memory_total_bytes"))
         objects = told.get("total_object_count")
         locked = sum(int(_number(told.get(f"{kind}_locked_count"))) for kind in ("write", "read"))
@@ -101,13 +102,13 @@ def read_memories(status: Mapping[str, object]) -> list[Memory]:
 def read_parts(status: Mapping[str, object]) -> list[Part]:
     """The parts of the storage manager, what is wrong first; those of each name (`l1_managers`) by it."""
     parts = []
-    for name, it in _object(status.get("storage_manager")).items():
-        told = _object(it)
+    for name, it in record(status.get("storage_manager")).items():
+        told = record(it)
         if "is_healthy" in told:
             parts.append(_part(name, told))
-    single = {name for name, it in _object(status.get("storage_manager")).items() if isinstance(it, dict)}
-    for name, it in _object(status.get("storage_manager")).items():
-        for key, below in _object(it).items():
+    single = {name for name, it in record(status.get("storage_manager")).items() if isinstance(it, dict)}
+    for name, it in record(status.get("storage_manager")).items():
+        for key, below in record(it).items():
             if name.removesuffix("s") in single and key == NOBODYS:
                 continue  # the same once more
             if isinstance(below, dict) and "is_healthy" in below:
@@ -130,16 +131,16 @@ def _facts(status: Mapping[str, object]) -> list[tuple[str, str]]:
     }
     names |= {"active_prefetch_jobs": "Prefetches", "p2p_state": "Peer to peer"}
     facts = [(title, _text(status[name])) for name, title in names.items() if name in status]
-    if isinstance(workers := _object(status.get("worker_liveness")).get("tracked_instances"), int):
+    if isinstance(workers := record(status.get("worker_liveness")).get("tracked_instances"), int):
         facts.append(("Engines attached", f"{workers:,}"))
     return facts
 
 
 def read_quotas(outcome: Outcome) -> list[Quota]:
     """Those of `/quota`, the fullest first."""
-    found = _object(outcome.object().get("users")) if outcome.ok else {}
+    found = record(outcome.object().get("users")) if outcome.ok else {}
     quotas = [
-        Quota(salt, _number(_object(it).get("limit_gb")) * GIB, _number(_object(it).get("current_usage_gb")) * GIB)
+        Quota(salt, _number(record(it).get("limit_gb")) * GIB, _number(record(it).get("current_usage_gb")) * GIB)
         for salt, it in list(found.items())[:MAX_ROWS]
     ]
     return sorted(quotas, key=lambda quota: (-quota.used / quota.limit if quota.limit else 0.0, quota.salt))
@@ -165,12 +166,8 @@ def _text(value: object) -> str:
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} …"
 
 
-def _object(found: object) -> dict[str, object]:
-    return found if isinstance(found, dict) else {}
-
-
 def _number(found: object) -> float:
-    return float(found) if isinstance(found, int | float) and math.isfinite(found) else 0.0
+    return number(found) or 0.0
 
 
 async def _quota_of(view: View, salt: str) -> tuple[Outcome, str]:
