@@ -16,7 +16,7 @@ from lmcache_frontend.telemetry.history import recorder as recorder_module
 from lmcache_frontend.telemetry.history.history import History
 from lmcache_frontend.telemetry.history.recorder import Recorder
 from lmcache_frontend.telemetry.history.series import KEPT
-from lmcache_frontend.telemetry.history.timeline import Timeline
+from lmcache_frontend.telemetry.history.timeline import MAX_ALIKE, Timeline
 from lmcache_frontend.telemetry.history.watching import Watch
 from lmcache_shared.address import from_node
 from tests.frontend.upstream import Upstream, serving
@@ -293,3 +293,15 @@ async def test_changes_of_the_board_are_events() -> None:
     assert ("down", "n") in told
     assert ("removed", "second") in told
     await it.health.close()
+
+
+async def test_many_that_are_started_anew_are_few_events() -> None:
+    started = [1]
+    upstream = answering(lambda: b"process_start_time_seconds %d\nlmcache:num_hit_tokens_total 1\n" % started[0])
+    async with serving(upstream), recording(*(node(upstream.port, f"n{i}") for i in range(60))) as it:
+        await until(lambda: all(it.value(f"n{i}", "hit_tokens") is not None for i in range(60)))
+        started[0] = 2
+        await until(lambda: any(event.kind == "restarted" for event in it.timeline.newest()))
+        await until(lambda: any(event.text.startswith("and ") for event in it.timeline.newest()))
+        alike = [event for event in it.timeline.newest(1000) if event.kind == "restarted"]
+        assert len(alike) <= 2 * (MAX_ALIKE + 1)

@@ -93,6 +93,8 @@ class Recorder:
         self._calm = 0
         """Rounds in a row in which no node that answers waited for its turn."""
         self._is_crowded = False
+        self._restarted: list[Event] = []
+        """Of this round: whole racks are started anew, and must not fill the timeline."""
 
     async def run(self) -> None:
         """Until cancelled. Whatever goes wrong in a round costs that round alone."""
@@ -136,6 +138,8 @@ class Recorder:
         for key in waiting:
             self._history.note(key, "not asked within the time for all nodes")
         await self._end_questions()
+        self._timeline.record_all(self._restarted)
+        self._restarted.clear()
         self._history.end_round(slot, self._slots, self._health.counts())
         self._adapt(is_late or clock.now() > end + EARLY * (end - began))
 
@@ -192,7 +196,7 @@ class Recorder:
         point = between(asked.reading, reading)
         asked.reading, asked.failures = reading, 0
         if point.restarted:
-            self._timeline.record(Event("restarted", f"{key[1]} was started anew", *key))
+            self._restarted.append(Event("restarted", f"{key[1]} was started anew", *key))
         self._history.record(key, point, slot, self._slots)
 
     async def _fetch(self, key: NodeKey, asked: _Asked) -> bytes:
