@@ -48,7 +48,8 @@ MODE = 0o600
 FAILED = 400
 """A status from which on nothing was changed, as far as is known."""
 
-SETTINGS = ("/conf", "/loglevel")
+LOG_LEVEL = "/loglevel"
+SETTINGS = ("/conf", LOG_LEVEL)
 """What changes settings; every other change is an operation."""
 
 
@@ -233,7 +234,8 @@ class Note:
         (proxy, node), (path, _, query) = known, target.partition("?")
         asked = _parameters(query) if len(query) <= MAX_TEXT else {}
         self._event: Event | None = None
-        if is_event and method not in SAFE_METHODS:
+        sets_level = path == LOG_LEVEL and "level" in asked  # LMCache has it changed by GET
+        if is_event and (method not in SAFE_METHODS or sets_level):
             names = f"parameters: {', '.join(asked)}" if asked else ""
             kind: Kind = "setting" if path.startswith(SETTINGS) else "operation"
             text = f"{method} {unquote(path)} at {node.name}"

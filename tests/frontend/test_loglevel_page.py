@@ -70,6 +70,9 @@ async def test_set_is_confirmed_with_old_and_new_marked_and_reset(pages: Pages) 
 async def test_a_logger_that_is_not_listed_can_be_named(pages: Pages) -> None:
     await pages.post("loglevel/set", ("level", "WARNING"), ("other", " levels_page.new "), confirmed=True)
     assert logging.getLogger("levels_page.new").level == logging.WARNING
+    async with pages.frontend.client.get("/api/timeline") as response:
+        told = [event for event in (await response.json())["events"] if event["kind"] == "setting"]
+    assert [event["text"] for event in told] == [f"GET /loglevel at {pages.node}"]  # and not that levels were read
 
 
 @pytest.mark.parametrize(
