@@ -203,3 +203,27 @@ def test_long_and_nested_values() -> None:
     assert (found["none"], found["empty"]) == ("null", "{}")
     assert len(found["long"]) < 2100
     assert "5000 characters, sha256" in found["long"]
+
+
+async def test_what_is_being_asked_is_not_forgotten_for_another_question(
+    frontend_server: StartFrontend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathering, "MAX_SHELVES", 1)
+    monkeypatch.setattr(compare_page, "FIRST_SECONDS", 0.1)
+    asked: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            asked.append(head.partition(b" HTTP/")[0])
+            if head.startswith((b"GET /conf", b"GET /meta")):
+                await reader.read()  # it never answers
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            await writer.drain()
+
+    async with serving(Upstream(talk=talk)) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node], no_history=True)
+        for what in ("conf", "meta", "conf", "meta"):
+            async with frontend.client.get(f"/compare?what={what}") as response:
+                assert response.status == 200
+        assert sorted(it for it in asked if it in (b"GET /conf", b"GET /meta")) == [b"GET /conf", b"GET /meta"]

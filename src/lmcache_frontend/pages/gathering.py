@@ -47,7 +47,8 @@ MAX_BYTES = 512 << 10
 
 KEPT_SECONDS = 30.0
 MAX_SHELVES = 6
-"""Of what and for whom answers are kept, those that were looked at last."""
+"""Of what and for whom answers are kept, those that were looked at last; what is being asked stays beside them, or the
+pages that wait for it would have it asked anew for ever."""
 
 MAX_KEYS = 3000
 """Of one node."""
@@ -244,8 +245,9 @@ class Gatherer:
         key = (subject.name, whose(request))
         shelf = self._shelves.setdefault(key, _Shelf())
         self._shelves.move_to_end(key)
-        while len(self._shelves) > MAX_SHELVES:
-            self._shelves.popitem(last=False)
+        idle = [old for old, it in self._shelves.items() if not it.pending and old != key]
+        for old in idle[: max(0, len(self._shelves) - MAX_SHELVES)]:
+            del self._shelves[old]
         return shelf
 
     async def _ask(self, subject: Subject, shelf: _Shelf, asked: Sequence[tuple[NodeHealth, Sequence[Asked]]]) -> None:
