@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from html import unescape
@@ -14,6 +15,7 @@ from lmcache_api.pytest_plugin import StartApi, free_port
 from lmcache_frontend.nodes.node import LOCAL_PROXY
 from lmcache_frontend.pytest_plugin import RunningFrontend, StartFrontend
 from tests.frontend.boards import settled
+from tests.frontend.upstream import Upstream, serving
 
 ADMIN = "an-admin-of-sixteen"
 
@@ -206,14 +208,17 @@ async def test_a_token_is_shown_nowhere_and_stays(frontend_server: StartFrontend
     secret = "a-secret-of-a-node"
     frontend = await frontend_server(nodes=[{"name": "w", "host": "127.0.0.1", "port": 9, "token": secret}])
     which = {"of_proxy": LOCAL_PROXY, "of_name": "w"}
-    form = {"kind": "node", "name": "w", "host": "127.0.0.1", "port": "10"}
+    form = {"kind": "node", "name": "w", "host": "127.0.0.1", "port": "9"}
     for path in ("/manage", "/manage/sources", f"/manage/entry?proxy={LOCAL_PROXY}&name=w"):
         async with frontend.client.get(path) as response:
             assert secret not in await response.text()
-    assert secret not in await sent(frontend, "/manage/entry/change", **which, **form, confirmed="yes")
+    renamed = {**form, "name": "v"}
+    assert secret not in await sent(frontend, "/manage/entry/change", **which, **renamed, confirmed="yes")
+    which["of_name"] = "v"
 
     def token() -> str | None:
-        node = frontend.server.cluster.registry.node(LOCAL_PROXY, "w")
+        registry = frontend.server.cluster.registry
+        node = registry.node(LOCAL_PROXY, "w") or registry.node(LOCAL_PROXY, "v")
         assert node is not None
         return node.token
 
@@ -221,6 +226,27 @@ async def test_a_token_is_shown_nowhere_and_stays(frontend_server: StartFrontend
     assert "Token one none" in await sent(frontend, "/manage/entry/change", **which, **form, no_token="yes")
     await sent(frontend, "/manage/entry/change", **which, **form, no_token="yes", confirmed="yes")
     assert token() is None
+
+
+async def test_a_token_goes_to_no_other_address(frontend_server: StartFrontend) -> None:
+    secret = "a-secret-of-a-node"
+    asked: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+        await writer.drain()
+
+    async with serving(Upstream(talk=talk)) as upstream:
+        frontend = await frontend_server(nodes=[{"name": "w", "host": "127.0.0.1", "port": 9, "token": secret}])
+        which = {"of_proxy": LOCAL_PROXY, "of_name": "w"}
+        form = {"kind": "node", "name": "w", "host": "127.0.0.1", "port": str(upstream.node["port"])}
+        await sent(frontend, "/manage/test", **which, **form)
+        assert "Token one none" in await sent(frontend, "/manage/entry/change", **which, **form)
+        await sent(frontend, "/manage/entry/change", **which, **form, confirmed="yes")
+        await sent(frontend, "/manage/test", **which, **form, token="typed-anew")
+    assert asked and not any(secret.encode() in head for head in asked)
+    assert any(b"typed-anew" in head for head in asked)
 
 
 async def test_viewers_look_and_operators_change(frontend_server: StartFrontend) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -90,7 +91,7 @@ async def one(request: web.Request) -> web.Response:
 async def add(request: web.Request) -> web.Response:
     """Add a node or a proxy; first it is tried."""
     form = await _operators_form(request)
-    item, problem = _read(form, form.get("token"))
+    item, problem = _read(form)
     where = form.get("proxy") or LOCAL_PROXY
     plan = Plan(f"Add the {form.get('kind')}" if form.get("kind") == "proxy" else "Add the node", problem=problem)
     if item is not None:
@@ -119,7 +120,7 @@ async def try_it(request: web.Request) -> web.Response:
     """Try what a form describes; nothing is changed."""
     form = await _operators_form(request)
     known = _entry(request, form) if form.get("of_proxy") else None
-    item, problem = _read(form, _token(form, known))
+    item, problem = _read(form, known)
     if item is None:
         return await result_page(request, Plan("Test the connection"), Result(False, problem), "/manage/add")
     tested = await test(request.app, form.get("proxy") or LOCAL_PROXY, item)
@@ -133,7 +134,7 @@ async def change(request: web.Request) -> web.Response:
     """Put what the form describes in the place of an entry."""
     form = await _operators_form(request)
     entry = _entry(request, form)
-    item, problem = _read(form, _token(form, entry), is_proxy=False)
+    item, problem = _read(form, entry, is_proxy=False)
     if item is None:
         return await plan_page(request, Plan("Change it", [entry.name], problem=problem), form, entry.path)
     changes = [
@@ -266,24 +267,26 @@ async def _carry_out(request: web.Request, plan: Plan, work: Work, done: str, ba
     return await result_page(request, plan, Result(True, f"{done}."), back)
 
 
-def _read(form: Form, token: str | None, *, is_proxy: bool | None = None) -> tuple[Node | Proxy | None, str]:
-    """What the form describes, or why it is none."""
+def _read(form: Form, known: Entry | None = None, *, is_proxy: bool | None = None) -> tuple[Node | Proxy | None, str]:
+    """What the form describes, or why it is none.
+
+    Without a token in the form it is that of the entry, at the same address alone: whoever names an address is not
+    shown the token of another one.
+    """
     fields = {name: form.get(name) for name in ("name", "host", "port")}
+    is_proxy = form.get("kind") == "proxy" if is_proxy is None else is_proxy
     try:
-        return entries.read(fields, token, is_proxy=form.get("kind") == "proxy" if is_proxy is None else is_proxy), ""
+        item = entries.read(fields, form.get("token") or None, is_proxy=is_proxy)
     except ConfigError as error:
         return None, str(error).removeprefix("the form: ")
+    keeps = known is not None and item.token is None and not form.get("no_token")
+    if known is not None and keeps and item.address == known.item.address:
+        item = replace(item, token=known.item.token)
+    return item, ""
 
 
 def _entry(request: web.Request, form: Form) -> Entry:
     return entry_of(request.app, form.get("of_proxy"), form.get("of_name") or None)
-
-
-def _token(form: Form, known: Entry | None) -> str | None:
-    """The form's token, or the entry's where the form has none and does not take it away."""
-    if form.get("token") or known is None:
-        return form.get("token") or None
-    return None if form.get("no_token") else known.item.token
 
 
 def _tokens(old: Node | Proxy, new: Node | Proxy) -> tuple[str, str]:
