@@ -19,6 +19,9 @@ MAX_SHOWN = 2000
 
 MAX_AT_ONCE = 100
 MAX_NAME = 255
+MAX_READ = 10_000
+MAX_PARTS = 20
+"""Loggers of a node, and parts of a name, that are read: each name stands for all those above it."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,12 @@ class Branch:
 
 def levels_of(text: str) -> dict[str, str]:
     """The loggers of an answer of `/loglevel`, by name."""
-    lines = (line.rpartition(": ") for line in text.splitlines() if not line.startswith("==="))
-    return {name: level.strip() for name, colon, level in lines if colon and name}
+    lines = (line.rpartition(": ") for line in text.splitlines()[:MAX_READ] if not line.startswith("==="))
+    return {
+        name: level.strip()[:MAX_NAME]
+        for name, colon, level in lines
+        if colon and 0 < len(name) <= MAX_NAME and name.count(".") < MAX_PARTS
+    }
 
 
 def tree(levels: Mapping[str, str], was: Mapping[str, str]) -> list[Logger]:
