@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import time
 
 import aiohttp
@@ -13,9 +14,11 @@ from lmcache_frontend.pages.asking import Outcome
 from lmcache_frontend.pages.checksum_view import MAX_RUNS, runs_of
 from lmcache_frontend.pages.kv_layout import natural, read_layout
 from lmcache_frontend.pages.operations_page import cell_of
+from lmcache_frontend.pages.reading import number
 from lmcache_frontend.pages.tabs.env_tab import groups
 from lmcache_frontend.pages.tabs.loglevel_tab import levels_of, tree
 from lmcache_frontend.pages.tabs.meta_tab import layout_of
+from lmcache_frontend.pages.tabs.metrics_tab import families
 from lmcache_frontend.pages.tabs.threads_tab import stacks
 from lmcache_frontend.pytest_plugin import StartFrontend
 from tests.frontend.node_pages import act, page, tab, telling
@@ -131,7 +134,24 @@ def test_what_is_long_takes_no_longer_than_its_length() -> None:
     assert set(tree(levels_of("a" + ".a" * 100_000 + ": DEBUG\nroot: INFO"), {})) == set(tree({"root": "INFO"}, {}))
     assert len(groups({f"{i}_{i}": "" for i in range(40_000)})) == 1
     assert len(runs_of([0] * 1_000_000)) == MAX_RUNS
+    with pytest.raises(ValueError, match="a line has more than"):
+        families("a{" + ",".join(f'b{i}="c"' for i in range(150_000)) + "} 1\n")
     assert time.monotonic() - begun < PLENTY_SECONDS
+
+
+async def test_a_search_has_few_words(frontend_server: StartFrontend) -> None:
+    loggers = "".join(f"a.{i}: INFO\n" for i in range(2000))
+    async with serving(Upstream(talk=telling({"GET /loglevel": loggers}, []))) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node], no_history=True)
+        text = await page(frontend, tab("upstream", "loglevel") + "?q=" + "+".join(["a."] * 34 + ["nowhere"]))
+        assert "a.1999" in text and "Nothing fits the search. " in text
+        assert re.search(r"<tr[^>]* hidden[^>]*>", text) is None
+        await frontend.server.stop()
+
+
+def test_a_number_beyond_a_floats_is_none() -> None:
+    assert number(10**400) is None
+    assert number(10**300) == 10**300
 
 
 def test_numbers_in_names_and_shapes_may_be_of_any_size() -> None:

@@ -24,9 +24,12 @@ def listed(value: object) -> list[Any]:
 
 def number(value: object) -> float | None:
     """The number that it is; None for all else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond a float's
+        return None
 
 
 def text(value: object) -> str:

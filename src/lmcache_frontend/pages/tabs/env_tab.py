@@ -71,7 +71,7 @@ def _head(name: str) -> str:
 async def show(view: View) -> Mapping[str, object]:
     outcome = await view.get("/env")
     values = outcome.object() if outcome.ok else {}
-    words = view.query("q").lower().split()
+    words = view.words
     return {
         "outcome": outcome,
         "groups": groups(values),

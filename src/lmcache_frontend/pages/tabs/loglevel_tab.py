@@ -109,7 +109,7 @@ async def show(view: View) -> Mapping[str, object]:
     levels = {**levels_of(outcome.text), **(levels_of(root.text) if root.ok else {})}
     loggers = tree(levels, _changed(view).of(_key(view), levels))
     kept = [logger for logger in loggers if _is_wanted(view, logger)]
-    words = view.query("q").lower().split()
+    words = view.words
     hits = [logger for logger in kept if all(word in logger.name.lower() for word in words)]
     is_whole = len(kept) <= MAX_SHOWN
     shown = kept if is_whole else hits[:MAX_SHOWN]
