@@ -40,6 +40,9 @@ SECONDS = 10.0
 MAX_DETAIL = 2000
 """Characters of what a node says of a failure."""
 
+MAX_WRONG = 50
+"""Parameters that it says something of."""
+
 Kind = Literal["ok", "refused", "offline", "late", "missing", "unavailable", "failed", "too large"]
 """How a question ended.
 
@@ -52,6 +55,15 @@ unavailable the node has no part that could do it (a scheduler has no engine)
 failed      the node says that it went wrong
 too large   the answer is larger than what a page holds
 """
+
+MAX_DIGITS = 300
+"""Of a whole number: one with more is none that can be divided."""
+
+MAX_DEPTH = 100
+"""Levels of an answer in JSON."""
+
+_ANY_DIGIT = bytes.maketrans(b"123456789", b"000000000")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 _KEPT = frozenset(name.lower().encode() for name in SPEAKING_FOR_OTHERS) | {
     b"via",
@@ -117,6 +129,37 @@ class Outcome:
         """The answer as a JSON object; an empty one when it is none."""
         found = self.json()
         return found if isinstance(found, dict) else {}
+
+
+def _read_json(body: bytes) -> object:
+    """JSON with which any page can compute: no number beyond a float's, no half of a character, and not too deep."""
+    has_long = b"0" * MAX_DIGITS in body.translate(_ANY_DIGIT)
+    try:
+        found: object = json.loads(body, parse_int=_whole if has_long else None)
+        if _SURROGATE.search(body):
+            found = json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+    return None if _is_deep(found) else found
+
+
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) < MAX_DIGITS else float(digits)
+
+
+def _is_deep(found: object) -> bool:
+    level = [found]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for it in level
+            if isinstance(it, dict | list)
+            for inner in (it.values() if isinstance(it, dict) else it)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -280,3 +323,7 @@ def _detail(body: bytes) -> str:
         )
     text = str(said) if said else outcome.text
     return " ".join(text[:MAX_DETAIL].split())
+
+
+def _place(found: object) -> str:
+    return ".".join(map(str, found)) if isinstance(found, list) else str(found or "")

@@ -17,6 +17,9 @@ from lmcache_frontend.pages.kv_layout import natural
 MAX_ROWS = 64
 MAX_COLUMNS = 96
 MAX_LISTED = 100
+MAX_RUNS = 4000
+"""Of slots: a page asks for fewer."""
+
 ALL_LAYERS = "all layers"
 
 Cell = Literal["equal", "different", "missing"]
@@ -138,7 +141,7 @@ def slots_of(runs: Sequence[tuple[int, int]], first: int, count: int) -> str:
 def runs_of(ranges: object) -> list[tuple[int, int]]:
     """`slot_mapping_ranges` (`[0, [4, 7], 9]`) as runs."""
     runs = []
-    for it in ranges if isinstance(ranges, list) else ():
+    for it in ranges[:MAX_RUNS] if isinstance(ranges, list) else ():
         if isinstance(it, int):
             runs.append((it, it))
         elif isinstance(it, list) and len(it) == 2 and all(isinstance(number, int) for number in it):

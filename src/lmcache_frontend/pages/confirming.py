@@ -6,13 +6,13 @@ it, `confirm.js` shows the same two parts in a dialog.
 
 from __future__ import annotations
 
-import email.parser
-import email.policy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
 from aiohttp import web
+from aiohttp.helpers import parse_mimetype
 
 from lmcache_frontend.pages import rendering
 from lmcache_shared.errors import Refusal
@@ -20,6 +20,11 @@ from lmcache_shared.schema import read_body
 
 MAX_FORM_BYTES = 1 << 20
 MAX_FIELDS = 1000
+MAX_HEAD_BYTES = 2000
+"""Of the lines before a field of a multipart form."""
+
+_FIELD_NAME = re.compile(rb'form-data;[^\r\n]*?\bname=(?:"([^"\r\n]+)"|([^\s;"]+))', re.IGNORECASE)
+
 CONFIRMED = "confirmed"
 
 
@@ -88,24 +93,35 @@ async def read_form(request: web.Request) -> Form:
         Refusal: 400 or 413.
     """
     body = await read_body(request, MAX_FORM_BYTES)
-    if request.content_type == "multipart/form-data":
-        return Form(_multipart(request.headers.get("Content-Type", ""), body))
+    kind = parse_mimetype(request.headers.get("Content-Type", ""))
+    if (kind.type, kind.subtype) == ("multipart", "form-data"):
+        return Form(_multipart(kind.parameters.get("boundary", ""), body))
     try:
         return Form(parse_qsl(body.decode("utf-8"), keep_blank_values=True, max_num_fields=MAX_FIELDS))
     except ValueError:
         raise Refusal(400, f"the form is no text in UTF-8, or has more than {MAX_FIELDS} fields") from None
 
 
-def _multipart(content_type: str, body: bytes) -> list[tuple[str, str]]:
-    head = b"Content-Type: " + content_type.encode("utf-8", "replace") + b"\r\n\r\n"
-    message = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + body)
+def _multipart(boundary: str, body: bytes) -> list[tuple[str, str]]:
+    """The fields of a multipart form as browsers write it: nothing is nested in it, or encoded once more.
+
+    Raises:
+        Refusal: 400.
+    """
+    if not boundary:
+        raise Refusal(400, "the form is multipart/form-data and names no boundary")
+    pieces = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("utf-8", "replace"), MAX_FIELDS + 2)
+    if len(pieces) > MAX_FIELDS + 2:
+        raise Refusal(400, f"the form has more than {MAX_FIELDS} fields")
     pairs = []
-    for part in message.iter_parts() if message.is_multipart() else ():
-        name = part.get_param("name", header="content-disposition")
-        data = part.get_payload(decode=True)
-        if isinstance(name, str) and isinstance(data, bytes):
-            pairs.append((name, data.decode("utf-8", "replace")))
-    return pairs[:MAX_FIELDS]
+    for piece in pieces[1:]:
+        if piece.startswith(b"--"):  # behind the last one
+            break
+        head, _, data = piece.partition(b"\r\n\r\n")
+        name = _FIELD_NAME.search(head[:MAX_HEAD_BYTES])
+        if name is not None:
+            pairs.append(((name[1] or name[2]).decode("utf-8", "replace"), data.decode("utf-8", "replace")))
+    return pairs
 
 
 async def plan_page(request: web.Request, plan: Plan, form: Form, back: str) -> web.Response:

@@ -29,7 +29,9 @@ _WIDTH = 960
 _KINDS = 4
 """So many kinds have a colour of their own; the letters go on."""
 
-_BYTES = re.compile(r"(\d+)")
+MAX_AXES = 16
+_BYTES = re.compile(r"([0-9]{1,4})")
+_DIGITS = re.compile(r"([0-9]{1,18})")
 _DTYPE_BYTES = {"bool": 1, "half": 2, "float": 4, "double": 8, "short": 2, "int": 4, "long": 8}
 
 
@@ -158,7 +160,7 @@ def read_layout(told: Mapping[str, object]) -> Layout:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """An order in which layer 10 comes after layer 9."""
-    return [(int(part), "") if part.isdigit() and part.isascii() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(_DIGITS.split(name))]
 
 
 def _letter(number: int) -> str:

@@ -91,7 +91,7 @@ async def one(request: web.Request) -> web.Response:
 async def add(request: web.Request) -> web.Response:
     """Add a node or a proxy; first it is tried."""
     form = await _operators_form(request)
-    item, problem = _read(form, form.get("token"))
+    item, problem = _read(form)
     where = form.get("proxy") or LOCAL_PROXY
     plan = Plan(f"Add the {form.get('kind')}" if form.get("kind") == "proxy" else "Add the node", problem=problem)
     if item is not None:
@@ -269,13 +269,22 @@ async def _carry_out(request: web.Request, plan: Plan, work: Work, done: str, ba
     return await result_page(request, plan, Result(True, f"{done}."), back)
 
 
-def _read(form: Form, token: str | None, *, is_proxy: bool | None = None) -> tuple[Node | Proxy | None, str]:
-    """What the form describes, or why it is none."""
+def _read(form: Form, known: Entry | None = None, *, is_proxy: bool | None = None) -> tuple[Node | Proxy | None, str]:
+    """What the form describes, or why it is none.
+
+    Without a token in the form it is that of the entry, at the same address alone: whoever names an address is not
+    shown the token of another one.
+    """
     fields = {name: form.get(name) for name in ("name", "host", "port")}
+    is_proxy = form.get("kind") == "proxy" if is_proxy is None else is_proxy
     try:
-        return entries.read(fields, token, is_proxy=form.get("kind") == "proxy" if is_proxy is None else is_proxy), ""
+        item = entries.read(fields, form.get("token") or None, is_proxy=is_proxy)
     except ConfigError as error:
         return None, str(error).removeprefix("the form: ")
+    keeps = known is not None and item.token is None and not form.get("no_token")
+    if known is not None and keeps and item.address == known.item.address:
+        item = replace(item, token=known.item.token)
+    return item, ""
 
 
 def _entry(request: web.Request, form: Form) -> Entry:

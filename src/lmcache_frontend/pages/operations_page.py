@@ -215,6 +215,6 @@ def _download(operation: Operation, ending: str) -> dict[str, str]:
     return {"Content-Disposition": f'attachment; filename="{name}"', **rendering.SECURITY_HEADERS}
 
 
-def _cell(text: str) -> str:
+def cell_of(text: str) -> str:
     """A table program takes a cell that begins like this for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -23,6 +23,9 @@ from lmcache_shared.access.roles import Role
 from lmcache_shared.access.table import of_proxied
 from lmcache_shared.errors import RouteError
 
+MAX_SEARCH = 100
+"""Characters of a search."""
+
 MIN_DETAIL = 20
 """Characters: a shorter answer (`ok`) says no more than that it went well."""
 
@@ -49,6 +52,11 @@ class View:
     def query(self, name: str, otherwise: str = "") -> str:
         """A parameter of the page's address."""
         return self.request.query.get(name, otherwise)
+
+    @property
+    def words(self) -> list[str]:
+        """Those that the page's address searches for, each once: every row is compared with all of them."""
+        return list(dict.fromkeys(self.query("q")[:MAX_SEARCH].lower().split()))
 
     def path(self, tab: str = "") -> str:
         """The address of a tab of this node."""

@@ -31,6 +31,7 @@ MAX_NODES = 500
 """To choose from when two are compared; another one can stand in the address."""
 
 MAX_SPANS = 200
+MAX_BACKENDS = 100
 MAX_SUMS = 64
 """Chunks and layers of one node's checksums that are listed."""
 
@@ -69,7 +70,7 @@ async def _tokens(view: View) -> Mapping[str, object]:
         "tokens": tokens,
         "looked": looked,
         "backends": backends,
-        "locations": list(backends.object()) if backends.ok else [],
+        "locations": list(backends.object())[:MAX_BACKENDS] if backends.ok else [],
         "spans": spans_of(answer),
         "hit": hit if isinstance(hit, int) else 0,
         "workers": workers_of(answer),
@@ -244,8 +245,9 @@ async def plan_clear(view: View, form: Form) -> Plan:
     known = list(backends.object()) if backends.ok else []
     values, _ = Figures(view.request.app).of(view.proxy, view.node.name)
     of_them = locations or known
-    unknown = [name for name in locations if backends.ok and name not in known]
-    held = {name: values.get(HOLDS.get(name, "")) for name in of_them}
+    there = set(known)
+    unknown = [name for name in locations if backends.ok and name not in there]
+    held = {name: values.get(HOLDS.get(name, "")) for name in of_them[:MAX_BACKENDS]}
     return Plan(
         "Clear " + (" and ".join(locations) if locations else "the whole cache"),
         [view.name],

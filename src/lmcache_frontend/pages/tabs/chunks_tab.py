@@ -11,6 +11,7 @@ from lmcache_frontend.pages.reading import flat, number, record, text
 from lmcache_frontend.pages.tabs import Action, Tab, View, told
 
 BASE = "/chunk_statistics"
+MAX_ROWS = 1000
 _TOLD_ELSEWHERE = frozenset(
     {
         "enabled", "total_requests", "total_chunks", "unique_chunks", "duplicate_chunks", "reuse_rate", "timestamp",
@@ -31,7 +32,9 @@ async def show(view: View) -> Mapping[str, object]:
         "overhead": number(timing.get("overhead_percentage")),
         "timing": [(_title(name), number(value)) for name, value in timing.items() if name.endswith("_seconds")],
         "bloom": {str(name): number(value) for name, value in bloom.items()},
-        "more": [(name, text(value)) for name, value in flat(said) if name.partition(".")[0] not in _TOLD_ELSEWHERE],
+        "more": [(name, text(value)) for name, value in flat(said) if name.partition(".")[0] not in _TOLD_ELSEWHERE][
+            :MAX_ROWS
+        ],
         "lacks": view.lacks("POST", f"{BASE}/start"),
     }
 

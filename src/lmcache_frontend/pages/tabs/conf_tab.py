@@ -28,7 +28,7 @@ async def show(view: View) -> Mapping[str, object]:
         return {"outcome": outcome}
     everything = settings_of(outcome.object(), told.object() if told.ok else {})
     kept = [setting for setting in everything if _is_wanted(view, setting)]
-    words = view.query("q").lower().split()
+    words = view.words
     return {
         "outcome": outcome,
         "settings": kept[:MAX_SETTINGS],

@@ -62,7 +62,7 @@ class Instance:
 
 async def show(view: View) -> Mapping[str, object]:
     workers, stats = await asyncio.gather(view.get("/controller/workers"), view.get("/controller/key-stats"))
-    instance, words = view.query("instance"), view.query("q").lower().split()
+    instance, words = view.query("instance"), view.words
     found = read_workers(view, workers)
     matching = [
         worker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -52,11 +53,11 @@ class Group:
 def groups(values: Mapping[str, object]) -> list[Group]:
     """The variables in groups: the known ones in their order, then others by name, then what is alone."""
     of_prefix = {prefix: title for title, prefixes in KNOWN for prefix in prefixes}
-    heads = [_head(name) for name in values]
+    heads = Counter(map(_head, values))
     found: dict[str, list[Variable]] = {title: [] for title, _ in KNOWN}
     for name, value in sorted(values.items()):
         head = _head(name)
-        title = of_prefix.get(head) or (f"{head}_" if heads.count(head) >= LEAST else OTHERS)
+        title = of_prefix.get(head) or (f"{head}_" if heads[head] >= LEAST else OTHERS)
         found.setdefault(title, []).append(Variable(name, text(value)))
     known = len(KNOWN)
     ordered = [*list(found)[:known], *sorted(list(found)[known:], key=lambda title: (title == OTHERS, title))]
@@ -70,7 +71,7 @@ def _head(name: str) -> str:
 async def show(view: View) -> Mapping[str, object]:
     outcome = await view.get("/env")
     values = outcome.object() if outcome.ok else {}
-    words = view.query("q").lower().split()
+    words = view.words
     return {
         "outcome": outcome,
         "groups": groups(values),

@@ -35,7 +35,7 @@ def parts_of(told: Mapping[str, object]) -> list[Part]:
 async def show(view: View) -> Mapping[str, object]:
     outcome, version = await asyncio.gather(view.get("/inference_info"), view.get("/inference_version"))
     parts = parts_of(outcome.object())
-    words = view.query("q").lower().split()
+    words = view.words
     return {
         "outcome": outcome,
         "version": text(version.object().get("vllm_version")) if version.ok else "",

@@ -19,6 +19,9 @@ MAX_SHOWN = 2000
 
 MAX_AT_ONCE = 100
 MAX_NAME = 255
+MAX_READ = 10_000
+MAX_PARTS = 20
+"""Loggers of a node, and parts of a name, that are read: each name stands for all those above it."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,12 @@ class Branch:
 
 def levels_of(text: str) -> dict[str, str]:
     """The loggers of an answer of `/loglevel`, by name."""
-    lines = (line.rpartition(": ") for line in text.splitlines() if not line.startswith("==="))
-    return {name: level.strip() for name, colon, level in lines if colon and name}
+    lines = (line.rpartition(": ") for line in text.splitlines()[:MAX_READ] if not line.startswith("==="))
+    return {
+        name: level.strip()[:MAX_NAME]
+        for name, colon, level in lines
+        if colon and 0 < len(name) <= MAX_NAME and name.count(".") < MAX_PARTS
+    }
 
 
 def tree(levels: Mapping[str, str], was: Mapping[str, str]) -> list[Logger]:
@@ -102,7 +109,7 @@ async def show(view: View) -> Mapping[str, object]:
     levels = {**levels_of(outcome.text), **(levels_of(root.text) if root.ok else {})}
     loggers = tree(levels, _changed(view).of(_key(view), levels))
     kept = [logger for logger in loggers if _is_wanted(view, logger)]
-    words = view.query("q").lower().split()
+    words = view.words
     hits = [logger for logger in kept if all(word in logger.name.lower() for word in words)]
     is_whole = len(kept) <= MAX_SHOWN
     shown = kept if is_whole else hits[:MAX_SHOWN]

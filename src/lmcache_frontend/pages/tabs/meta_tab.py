@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from lmcache_frontend.pages.reading import flat, listed, number, text
 from lmcache_frontend.pages.tabs import Tab, View
 
+MAX_ROWS = 3000
+MAX_AXES = 16
+MAX_EXTENT = 1 << 40
+
 _BYTES = {"64": 8, "32": 4, "16": 2, "8": 1}
 """Of one value, by the bits that its type's name ends in or has before a `_` (`float8_e4m3fn`)."""
 
@@ -55,7 +59,7 @@ async def show(view: View) -> Mapping[str, object]:
             (title, text(it.json()) if it.ok else "", it)
             for title, it in zip(("Version", "Release", "Commit"), versions, strict=True)
         ],
-        "rows": [(name, text(value), value is None) for name, value in flat(told)],
+        "rows": [(name, text(value), value is None) for name, value in flat(told)][:MAX_ROWS],
         "layout": layout_of(told.get("kv_shape"), told.get("kv_dtype"), told.get("chunk_size")),
     }
 

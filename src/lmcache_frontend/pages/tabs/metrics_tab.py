@@ -13,6 +13,10 @@ from lmcache_frontend.pages.confirming import Form, Plan, Result
 from lmcache_frontend.pages.tabs import Action, Tab, View, told
 
 MOST_BYTES = 2 << 20
+MAX_LINE = 16 << 10
+"""Characters; the library takes the square of a line's labels."""
+
+MAX_PROBLEM = 300
 MAX_SAMPLES = 300
 """Of one family; the raw text has all."""
 
@@ -81,7 +85,7 @@ async def show(view: View) -> Mapping[str, object]:
     try:  # the largest text takes half a second, in which nothing else would go on
         return {"outcome": outcome, "families": await asyncio.to_thread(families, outcome.text), "raw": False}
     except ValueError as error:
-        return {"outcome": outcome, "families": [], "raw": True, "problem": str(error)}
+        return {"outcome": outcome, "families": [], "raw": True, "problem": str(error)[:MAX_PROBLEM]}
 
 
 async def plan_reset(view: View, form: Form) -> Plan:

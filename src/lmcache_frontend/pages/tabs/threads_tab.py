@@ -12,7 +12,7 @@ from lmcache_frontend.pages.tabs import Tab, View
 MAX_THREADS = 2000
 _HEAD = re.compile(r"^(?P<kind>Thread|Task): (?P<name>.*)$", re.MULTILINE)
 _NAMED = re.compile(r"<\w+\((?P<name>.*), (?:initial|started|stopped)[^,]*\)>")
-_FRAME = re.compile(r'  File "(?P<file>.*?)", line (?P<line>\d+), in (?P<function>.*)')
+_FRAME = re.compile(r'  File "(?P<file>[^"\n]*)", line (?P<line>\d+), in (?P<function>.*)')
 
 
 @dataclass
