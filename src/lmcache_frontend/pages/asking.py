@@ -84,9 +84,6 @@ _KINDS: Mapping[int, Kind] = {
 }
 
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What came of a question.
@@ -116,14 +113,8 @@ class Outcome:
         return self.body.decode("utf-8", "replace")
 
     def json(self) -> object:
-        """The answer as JSON; None when it is none. A lone surrogate, which no page can hold, is a question mark."""
-        try:
-            found: object = json.loads(self.body)
-            if _SURROGATE.search(self.body):  # most are one half of a pair
-                found = json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            return None
-        return found
+        """The answer as JSON; None when it is none, or one that no page can show (`_read_json`)."""
+        return _read_json(self.body)
 
     def object(self) -> dict[str, object]:
         """The answer as a JSON object; an empty one when it is none."""
@@ -316,11 +307,7 @@ def _detail(body: bytes) -> str:
     found = outcome.object()
     said = found.get("message") or found.get("detail") or found.get("error")
     if isinstance(said, list):  # what is wrong with parameters
-        said = "; ".join(
-            f"{'.'.join(map(str, loc)) if isinstance(loc := it.get('loc'), list) else ''}: {it.get('msg')}"
-            for it in said
-            if isinstance(it, dict)
-        )
+        said = "; ".join(f"{_place(it.get('loc'))}: {it.get('msg')}" for it in said[:MAX_WRONG] if isinstance(it, dict))
     text = str(said) if said else outcome.text
     return " ".join(text[:MAX_DETAIL].split())
 

@@ -120,10 +120,9 @@ async def try_it(request: web.Request) -> web.Response:
     """Try what a form describes; nothing is changed."""
     form = await _operators_form(request)
     known = _entry(request, form) if form.get("of_proxy") else None
-    item, problem = _read(form, form.get("token"))
+    item, problem = _read(form, known)
     if item is None:
         return await result_page(request, Plan("Test the connection"), Result(False, problem), "/manage/add")
-    item = _with_known_token(item, form, known)
     tested = await test(request.app, form.get("proxy") or LOCAL_PROXY, item)
     plan = Plan("Test the connection", [f"{item.name} at {item.address}"])
     return await result_page(request, plan, Result(tested.state in ("up", "slow"), tested.text), "/manage")
@@ -135,10 +134,9 @@ async def change(request: web.Request) -> web.Response:
     """Put what the form describes in the place of an entry."""
     form = await _operators_form(request)
     entry = _entry(request, form)
-    item, problem = _read(form, form.get("token"), is_proxy=False)
+    item, problem = _read(form, entry, is_proxy=False)
     if item is None:
         return await plan_page(request, Plan("Change it", [entry.name], problem=problem), form, entry.path)
-    item = _with_known_token(item, form, entry)
     changes = [
         Change(what, old, new)
         for what, old, new in (
@@ -289,16 +287,6 @@ def _read(form: Form, known: Entry | None = None, *, is_proxy: bool | None = Non
 
 def _entry(request: web.Request, form: Form) -> Entry:
     return entry_of(request.app, form.get("of_proxy"), form.get("of_name") or None)
-
-
-def _with_known_token(item: Node | Proxy, form: Form, known: Entry | None) -> Node | Proxy:
-    """With the entry's token where the form has none and does not take it away, and the address is still the entry's.
-
-    Whoever may change an entry must not have its token sent to a place of their own, as with an import.
-    """
-    if known is None or item.token or form.get("no_token") or item.address != known.item.address:
-        return item
-    return replace(item, token=known.item.token)
 
 
 def _tokens(old: Node | Proxy, new: Node | Proxy) -> tuple[str, str]:

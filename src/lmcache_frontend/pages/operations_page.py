@@ -173,7 +173,7 @@ async def as_csv(request: web.Request) -> web.Response:
     for row in operation.rows:
         seconds = "" if row.seconds is None else f"{row.seconds:.3f}"
         cells = (row.proxy, row.name, row.status, row.old, operation.new, row.text, seconds)
-        table.writerow([_cell(cell) for cell in cells])
+        table.writerow([cell_of(cell) for cell in cells])
     body = text.getvalue().encode("utf-8", "replace")
     return web.Response(body=body, content_type="text/csv", charset="utf-8", headers=_download(operation, "csv"))
 
@@ -217,4 +217,4 @@ def _download(operation: Operation, ending: str) -> dict[str, str]:
 
 def cell_of(text: str) -> str:
     """A table program takes a cell that begins like this for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text

@@ -27,6 +27,7 @@ def number(value: object) -> float | None:
     """The number that it is; None for all else, and for one that is larger than a float."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not -MAX_NUMBER <= value <= MAX_NUMBER:
         return None
+    return value
 
 
 def text(value: object) -> str:

@@ -57,6 +57,8 @@ def families(text: str) -> list[Family]:
 
 
 def _families(text: str) -> list[Family]:
+    if any(len(line) > MAX_LINE for line in text.split("\n")):
+        raise ValueError(f"a line has more than {MAX_LINE} characters")
     found = []
     for parsed in text_string_to_metric_families(text):
         if parsed.name.endswith("_created"):
