@@ -139,6 +139,19 @@ def test_what_is_long_takes_no_longer_than_its_length() -> None:
     assert time.monotonic() - begun < PLENTY_SECONDS
 
 
+async def test_a_page_has_so_many_rows(frontend_server: StartFrontend) -> None:
+    many = json.dumps({f"name{i}": i for i in range(5000)})
+    parts = json.dumps({f"name{i}": {"a": i, "b": i} for i in range(2500)})
+    answers = {"GET /env": many, "GET /meta": many, "GET /inference_info": parts}
+    async with serving(Upstream(talk=telling(answers, []))) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node], no_history=True)
+        for name in ("env", "meta", "inference"):
+            text = await page(frontend, tab("upstream", name))
+            assert text.count("<tr") < 5000
+            assert "and 2,000 more that are not listed" in text
+        await frontend.server.stop()
+
+
 async def test_a_search_has_few_words(frontend_server: StartFrontend) -> None:
     loggers = "".join(f"a.{i}: INFO\n" for i in range(2000))
     async with serving(Upstream(talk=telling({"GET /loglevel": loggers}, []))) as upstream:
