@@ -13,14 +13,17 @@ import pytest
 from lmcache_frontend.pages.asking import Outcome
 from lmcache_frontend.pages.checksum_view import MAX_RUNS, runs_of
 from lmcache_frontend.pages.kv_layout import natural, read_layout
+from lmcache_frontend.pages.operations.kinds import KINDS
 from lmcache_frontend.pages.operations_page import cell_of
 from lmcache_frontend.pages.reading import number
+from lmcache_frontend.pages.settings_form import Setting
 from lmcache_frontend.pages.tabs.env_tab import groups
 from lmcache_frontend.pages.tabs.loglevel_tab import levels_of, tree
 from lmcache_frontend.pages.tabs.meta_tab import layout_of
 from lmcache_frontend.pages.tabs.metrics_tab import families
 from lmcache_frontend.pages.tabs.threads_tab import stacks
 from lmcache_frontend.pytest_plugin import StartFrontend
+from lmcache_shared.errors import Refusal
 from tests.frontend.node_pages import act, page, tab, telling
 from tests.frontend.upstream import Upstream, serving
 
@@ -179,3 +182,11 @@ def test_no_cell_of_a_table_is_a_formula() -> None:
     for text in ("=1", "+1", "-1", "@a", "\t=1", "\r=1", "\n=1"):
         assert cell_of(text) == f"'{text}"
     assert cell_of("a=1") == "a=1"
+
+
+def test_settings_have_so_many_levels() -> None:
+    deep = "[" * 500 + "]" * 500
+    for text in (f"a = {deep}", f'{{"a": {deep}}}'):
+        with pytest.raises(Refusal, match="levels"):
+            KINDS["settings"].values(lambda name, text=text: text)  # type: ignore[misc]
+    assert Setting("a", [], {}).taken(deep)[1]

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MAX_DEPTH = 12
+MAX_LEVELS = 100
+"""Of what is JSON for a page at all."""
+
 MAX_TEXT = 4000
 """Characters of one value."""
 
@@ -48,3 +51,19 @@ def flat(value: Mapping[str, Any], within: str = "", depth: int = 0) -> Iterator
             yield from flat(inner, name, depth + 1)
         else:
             yield name, inner
+
+
+def is_deep(found: object) -> bool:
+    """Whether it has more levels than can be gone through on any way."""
+    level = [found]
+    for _ in range(MAX_LEVELS):
+        level = [
+            inner
+            for it in level
+            if isinstance(it, dict | list)
+            for inner in (it.values() if isinstance(it, dict) else it)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
