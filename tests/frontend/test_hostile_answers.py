@@ -13,14 +13,17 @@ import pytest
 from lmcache_frontend.pages.asking import Outcome
 from lmcache_frontend.pages.checksum_view import MAX_RUNS, runs_of
 from lmcache_frontend.pages.kv_layout import natural, read_layout
+from lmcache_frontend.pages.operations.kinds import KINDS
 from lmcache_frontend.pages.operations_page import cell_of
 from lmcache_frontend.pages.reading import number
+from lmcache_frontend.pages.settings_form import Setting
 from lmcache_frontend.pages.tabs.env_tab import groups
 from lmcache_frontend.pages.tabs.loglevel_tab import levels_of, tree
 from lmcache_frontend.pages.tabs.meta_tab import layout_of
 from lmcache_frontend.pages.tabs.metrics_tab import families
 from lmcache_frontend.pages.tabs.threads_tab import stacks
 from lmcache_frontend.pytest_plugin import StartFrontend
+from lmcache_shared.errors import Refusal
 from tests.frontend.node_pages import act, page, tab, telling
 from tests.frontend.upstream import Upstream, serving
 
@@ -139,6 +142,19 @@ def test_what_is_long_takes_no_longer_than_its_length() -> None:
     assert time.monotonic() - begun < PLENTY_SECONDS
 
 
+async def test_a_page_has_so_many_rows(frontend_server: StartFrontend) -> None:
+    many = json.dumps({f"name{i}": i for i in range(5000)})
+    parts = json.dumps({f"name{i}": {"a": i, "b": i} for i in range(2500)})
+    answers = {"GET /env": many, "GET /meta": many, "GET /inference_info": parts}
+    async with serving(Upstream(talk=telling(answers, []))) as upstream:
+        frontend = await frontend_server(nodes=[upstream.node], no_history=True)
+        for name in ("env", "meta", "inference"):
+            text = await page(frontend, tab("upstream", name))
+            assert text.count("<tr") < 5000
+            assert "and 2,000 more that are not listed" in text
+        await frontend.server.stop()
+
+
 async def test_a_search_has_few_words(frontend_server: StartFrontend) -> None:
     loggers = "".join(f"a.{i}: INFO\n" for i in range(2000))
     async with serving(Upstream(talk=telling({"GET /loglevel": loggers}, []))) as upstream:
@@ -166,3 +182,11 @@ def test_no_cell_of_a_table_is_a_formula() -> None:
     for text in ("=1", "+1", "-1", "@a", "\t=1", "\r=1", "\n=1"):
         assert cell_of(text) == f"'{text}"
     assert cell_of("a=1") == "a=1"
+
+
+def test_settings_have_so_many_levels() -> None:
+    deep = "[" * 500 + "]" * 500
+    for text in (f"a = {deep}", f'{{"a": {deep}}}'):
+        with pytest.raises(Refusal, match="levels"):
+            KINDS["settings"].values(lambda name, text=text: text)  # type: ignore[misc]
+    assert Setting("a", [], {}).taken(deep)[1]

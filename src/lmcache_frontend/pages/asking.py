@@ -19,6 +19,7 @@ from aiohttp import web
 from lmcache_frontend.app import POLICY, REGISTRY, TARGETS
 from lmcache_frontend.audit import Note
 from lmcache_frontend.nodes.node import Node
+from lmcache_frontend.pages.reading import is_deep
 from lmcache_frontend.pages.wording import size
 from lmcache_frontend.proxy.exchange import Answer, Outgoing
 from lmcache_frontend.proxy.headers import refuse_loops, request_fields
@@ -58,9 +59,6 @@ too large   the answer is larger than what a page holds
 
 MAX_DIGITS = 300
 """Of a whole number: one with more is none that can be divided."""
-
-MAX_DEPTH = 100
-"""Levels of an answer in JSON."""
 
 _ANY_DIGIT = bytes.maketrans(b"123456789", b"000000000")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -131,26 +129,11 @@ def _read_json(body: bytes) -> object:
             found = json.loads(json.dumps(found, ensure_ascii=False).encode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
-    return None if _is_deep(found) else found
+    return None if is_deep(found) else found
 
 
 def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) < MAX_DIGITS else float(digits)
-
-
-def _is_deep(found: object) -> bool:
-    level = [found]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for it in level
-            if isinstance(it, dict | list)
-            for inner in (it.values() if isinstance(it, dict) else it)
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
-            return False
-    return True
 
 
 @dataclass(frozen=True)

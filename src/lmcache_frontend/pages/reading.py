@@ -46,3 +46,19 @@ def flat(value: Mapping[str, Any], within: str = "", depth: int = 0) -> Iterator
             yield from flat(inner, name, depth + 1)
         else:
             yield name, inner
+
+
+def is_deep(found: object) -> bool:
+    """Whether it has more levels than can be gone through on any way."""
+    level = [found]
+    for _ in range(MAX_LEVELS):
+        level = [
+            inner
+            for it in level
+            if isinstance(it, dict | list)
+            for inner in (it.values() if isinstance(it, dict) else it)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lmcache_frontend.pages.reading import listed, number, record, text
+from lmcache_frontend.pages.reading import is_deep, listed, number, record, text
 from lmcache_shared.secrets import MASK
 
 NOT_SET = "not set"
@@ -129,7 +129,7 @@ class Setting:
             value = json.loads(given)
         except (ValueError, RecursionError):
             value = [it.strip() for it in given.split(",")] if wanted is list and not given.startswith("[") else None
-        if not isinstance(value, wanted):
+        if not isinstance(value, wanted) or is_deep(value):
             example = '["a", "b"]' if wanted is list else '{"name": "value"}'
             return None, f"{given[:100]!r} is no {self.kind}; write it as {example}"
         return value, ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from urllib.parse import quote, urlencode
 
 from lmcache_frontend.pages.asking import Outcome, Question
+from lmcache_frontend.pages.reading import MAX_LEVELS, is_deep
 from lmcache_shared import secrets
 from lmcache_shared.errors import Refusal
 
@@ -324,3 +325,5 @@ KINDS: Mapping[str, Kind] = {
 def _some(found: Mapping[str, object]) -> None:
     if not found:
         raise Refusal(400, "there is no setting; write name = value")
+    if is_deep(dict(found)):
+        raise Refusal(400, f"the settings have more than {MAX_LEVELS} levels")

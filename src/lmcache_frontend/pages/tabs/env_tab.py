@@ -22,6 +22,7 @@ KNOWN = (
 )
 """Groups that come first, each with the first words of its names."""
 
+MAX_VARIABLES = 3000
 OTHERS = "Everything else"
 LEAST = 3
 """So many names of one prefix make a group of their own."""
@@ -70,13 +71,15 @@ def _head(name: str) -> str:
 
 async def show(view: View) -> Mapping[str, object]:
     outcome = await view.get("/env")
-    values = outcome.object() if outcome.ok else {}
+    told = outcome.object() if outcome.ok else {}
+    values = dict(list(told.items())[:MAX_VARIABLES])
     words = view.words
     return {
         "outcome": outcome,
         "groups": groups(values),
         "words": words,
         "total": len(values),
+        "more": len(told) - len(values),
         "hits": sum(all(word in f"{name}={text(value)}".lower() for word in words) for name, value in values.items()),
         "masked": sum(MASK in text(value) for value in values.values()),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lmcache_frontend.pages.reading import flat, text
@@ -26,15 +26,28 @@ def parts_of(told: Mapping[str, object]) -> list[Part]:
     parts: list[Part] = []
     for name, value in told.items():
         if isinstance(value, dict):
-            parts.append(Part(str(name), [(inner, text(it), it is None) for inner, it in flat(value)][:MAX_ROWS]))
+            parts.append(Part(str(name), [(inner, text(it), it is None) for inner, it in flat(value)]))
         else:
             single.append((str(name), text(value), value is None))
     return ([Part("", single)] if single else []) + parts
 
 
+def first_of(parts: Sequence[Part], most: int) -> list[Part]:
+    """The first parts, with so many rows in all; one without rows counts as well."""
+    found = []
+    for part in parts:
+        if most <= 0:
+            break
+        found.append(Part(part.title, part.rows[:most]))
+        most -= len(part.rows) or 1
+    return found
+
+
 async def show(view: View) -> Mapping[str, object]:
     outcome, version = await asyncio.gather(view.get("/inference_info"), view.get("/inference_version"))
-    parts = parts_of(outcome.object())
+    told = parts_of(outcome.object())
+    parts = first_of(told, MAX_ROWS)
+    total = sum(len(part.rows) for part in parts)
     words = view.words
     return {
         "outcome": outcome,
@@ -42,7 +55,8 @@ async def show(view: View) -> Mapping[str, object]:
         "why": "" if version.ok else version.problem,
         "parts": parts,
         "words": words,
-        "total": sum(len(part.rows) for part in parts),
+        "total": total,
+        "more": sum(len(part.rows) for part in told) - total,
         "hits": sum(
             all(word in f"{part.title} {name} {value}".lower() for word in words)
             for part in parts

@@ -53,13 +53,15 @@ async def show(view: View) -> Mapping[str, object]:
     paths = ("/meta", "/version", "/lmc_version", "/commit_id")
     outcome, *versions = await asyncio.gather(*(view.get(path) for path in paths))
     told = outcome.object()
+    rows = list(flat(told))
     return {
         "outcome": outcome,
         "versions": [
             (title, text(it.json()) if it.ok else "", it)
             for title, it in zip(("Version", "Release", "Commit"), versions, strict=True)
         ],
-        "rows": [(name, text(value), value is None) for name, value in flat(told)][:MAX_ROWS],
+        "rows": [(name, text(value), value is None) for name, value in rows[:MAX_ROWS]],
+        "more": max(0, len(rows) - MAX_ROWS),
         "layout": layout_of(told.get("kv_shape"), told.get("kv_dtype"), told.get("chunk_size")),
     }
 
