@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 MAX_DEPTH = 12
-MAX_NUMBER = sys.float_info.max
+MAX_LEVELS = 100
+"""Of what is JSON for a page at all."""
+
 MAX_TEXT = 4000
 """Characters of one value."""
 
@@ -24,10 +26,13 @@ def listed(value: object) -> list[Any]:
 
 
 def number(value: object) -> float | None:
-    """The number that it is; None for all else, and for one that is larger than a float."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -MAX_NUMBER <= value <= MAX_NUMBER:
+    """The number that it is; None for all else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond a float's
+        return None
 
 
 def text(value: object) -> str:
