@@ -14,6 +14,9 @@ from lmcache_frontend.pages import rendering
 REST = 10
 """A part is made anew after so many times the seconds that making it took: thousands of nodes change all the time."""
 
+MAX_REST_SECONDS = 2.0
+"""And after so many at the latest: the first making has templates to compile."""
+
 MAX_VIEWS = 64
 """Different ones that are kept: each search is one."""
 
@@ -72,7 +75,8 @@ class Views:
         try:
             view.text = await rendering.text_in_slices(app, template, context())
             view.shows = revision
-            view.not_before = time.monotonic() + REST * (time.monotonic() - begun)
+            now = time.monotonic()
+            view.not_before = now + min(REST * (now - begun), MAX_REST_SECONDS)
             return view.text
         finally:
             view.making = None
